@@ -1,0 +1,41 @@
+"""dbtrain: train a transformer as independent denoising blocks, one worker a block, and assemble one model.
+
+import dbtrain
+
+model = dbtrain.load("runs/demo/vit")
+for answer in model.predict(["image.png"]):
+    print(answer.label, answer.probability)
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+
+from dbtrain.errors import CorruptData, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dbtrain.inference.classify import Classifier
+
+__version__ = _version("dbtrain")
+__all__ = ["CorruptData", "UserError", "__version__", "load"]
+
+
+def load(path: str, device: str | torch.device = "cpu") -> Classifier:
+    """The model in a run directory or model folder, ready to `predict`.
+
+    Args:
+        path: a local path or any pyarrow filesystem URI (s3://..., gs://...).
+        device: where inference runs.
+
+    Raises:
+        UserError: there is no assembled model at `path`.
+        CorruptData: its files are damaged.
+    """
+    # PyTorch takes seconds to import; programs that only look at the version or the errors do not pay for it.
+    from dbtrain.assembly.loading import load_model
+    from dbtrain.inference.classify import Classifier
+
+    return Classifier(load_model(str(path), device))

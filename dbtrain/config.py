@@ -1,0 +1,364 @@
+"""`RunConfig`: everything that decides a run. `dbtrain.config_file` reads it from YAML.
+
+The bare string under a field says what it is and its unit. Fields that decide the trained bytes form the run's
+*identity* (`RunConfig.identity`); placement, logging and checkpoint cadence do not, and may change on resuming.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BUILT_IN_SOURCES = ("digits",)
+READOUTS = ("first", "last", "product", "first_mean", "last_mean", "product_mean")
+"""What can be read off the chain; `dbtrain.diffusion.chain.read_out` computes them."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, strict about keys, with no silent conversions of floats to integers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ViTConfig(Section):
+    """Vision transformer for classification (Dosovitskiy et al. 2021), pre-norm, conditioned by AdaLN-zero."""
+
+    family: Literal["vit"] = "vit"
+    """Which of `dbtrain.models` builds the network."""
+    image_size: int = Field(ge=1)
+    """Height and width of the square input images, pixels."""
+    channels: int = Field(3, ge=1)
+    """Colour channels of the images."""
+    num_classes: int = Field(ge=2)
+    """Number of labels; class ids run from 0 to num_classes - 1."""
+    patch_size: int = Field(ge=1)
+    """Side of a square patch, pixels; has to divide image_size."""
+    depth: int = Field(ge=1)
+    """Number of transformer layers of the whole network; the blocks share them out."""
+    width: int = Field(ge=1)
+    """Size of a token vector; also the dimension of the codebook."""
+    heads: int = Field(ge=1)
+    """Attention heads; has to divide width."""
+    mlp_width: int = Field(ge=1)
+    """Hidden size of a layer's MLP. Explicit, because the usual factor of 4 is not what every paper used."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Probability of dropping a unit after attention, inside the MLP and after it."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> ViTConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+ModelConfig = ViTConfig
+
+
+class RandAugmentConfig(Section):
+    """RandAugment (Cubuk et al. 2020): `operations` random distortions in a row, each of strength `magnitude`."""
+
+    operations: int = Field(2, ge=1, le=8)
+    """How many distortions each image goes through."""
+    magnitude: float = Field(9.0, ge=0.0, le=30.0)
+    """Strength, on the paper's scale of 0 to 30."""
+
+
+class AugmentConfig(Section):
+    """Training-time distortions of images; each sample's are a function of (seed, block, sample position)."""
+
+    crop_padding: int = Field(0, ge=0)
+    """Zero padding before a random crop of the original size, pixels; 0 turns cropping off."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    randaugment: RandAugmentConfig | None = None
+    """Further distortions; none by default."""
+
+
+class DataConfig(Section):
+    """Where the samples come from."""
+
+    source: str = "digits"
+    """`digits` (comes with scikit-learn, prepared on first use), or a name for shards made by `dbtrain prepare`."""
+    path: str | None = None
+    """Folder of the prepared shards; `data/<source>` below the working directory when not given."""
+    augment: AugmentConfig = AugmentConfig()
+    """Training-time distortions."""
+
+    @property
+    def shards(self) -> Path:
+        """The folder of shards, absolute."""
+        return Path(self.path if self.path is not None else f"data/{self.source}").expanduser().absolute()
+
+
+class PartitionConfig(Section):
+    """How the noise axis is cut into one range a block."""
+
+    kind: Literal["equal_probability", "uniform", "explicit"] = "equal_probability"
+    """Equal mass of the training distribution (the paper's), equal log-width, or the given boundaries."""
+    boundaries: tuple[float, ...] | None = None
+    """For `explicit`: blocks.count + 1 noise levels, from sigma_max down to sigma_min."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PartitionConfig:
+        if (self.kind == "explicit") != (self.boundaries is not None):
+            raise ValueError(f"boundaries are given exactly when kind is 'explicit', and kind is {self.kind!r}")
+        if self.boundaries is not None and list(self.boundaries) != sorted(set(self.boundaries), reverse=True):
+            raise ValueError(f"boundaries {list(self.boundaries)} have to fall strictly, highest noise first")
+        return self
+
+
+class BlocksConfig(Section):
+    """How the network is cut."""
+
+    count: int = Field(3, ge=1)
+    """Number of blocks, B; block 0 owns the earliest layers and the highest noise."""
+    split: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Layers per block, in order; even when not given, with remainder layers to the first blocks."""
+    partition: PartitionConfig = PartitionConfig()
+    """How the noise axis is cut."""
+    overlap: float = Field(0.05, ge=0.0, le=1.0)
+    """Training range of a block is widened by this part of its log-width on both sides (the paper's gamma)."""
+
+
+class NoiseConfig(Section):
+    """The noise levels of training: log sigma ~ N(p_mean, p_std^2) on [sigma_min, sigma_max] (Karras et al. 2022)."""
+
+    p_mean: float = -1.2
+    """Mean of log sigma."""
+    p_std: float = Field(1.2, gt=0.0)
+    """Standard deviation of log sigma."""
+    sigma_min: float = Field(0.002, gt=0.0)
+    """Lowest noise level."""
+    sigma_max: float = Field(80.0, gt=0.0)
+    """Highest noise level, where inference starts."""
+    sigma_data: float = Field(0.5, gt=0.0)
+    """Standard deviation of a clean target's coordinates that preconditioning assumes."""
+    weight: Literal["unit", "edm"] = "unit"
+    """Per-sample loss weight: 1, or (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NoiseConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} has to be below sigma_max {self.sigma_max}")
+        return self
+
+
+class CodebookConfig(Section):
+    """The frozen target vectors of the labels, the same for all blocks, derived from the seed."""
+
+    scale: float = Field(1.0, gt=0.0)
+    """Euclidean norm of each row. Rows are orthonormal up to scale where num_classes <= width, else random."""
+
+
+class ChainConfig(Section):
+    """Inference: the walk from noise to signal through the blocks."""
+
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps; one a block when not given."""
+    bridge: Literal["softmax", "argmax"] = "softmax"
+    """What stands for the clean target between steps: the mean of the codebook under p(y), or its likeliest row."""
+    start_noises: int = Field(8, ge=1)
+    """Starting noises over which the averaged read-outs take the mean."""
+    readout: str = "product"
+    """The read-out whose answer `predict` gives: first, last or product, each also with `_mean`. The product of all
+    steps' answers does best for the price of one walk (docs/results.md)."""
+
+    @model_validator(mode="after")
+    def _known(self) -> ChainConfig:
+        if self.readout not in READOUTS:
+            raise ValueError(f"readout {self.readout!r} has to be one of {', '.join(READOUTS)}")
+        return self
+
+
+class OptimiserConfig(Section):
+    """AdamW (Loshchilov, Hutter 2019)."""
+
+    lr: float = Field(1e-3, gt=0.0)
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = Field(1e-8, gt=0.0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.01, ge=0.0)
+    """Decoupled weight decay of matrices; vectors (biases, norms) and embeddings have none."""
+    clip_norm: float | None = Field(1.0, gt=0.0)
+    """Gradients are scaled down to this global norm; none turns clipping off."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: half a cosine down to min_lr, or constant."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear growth from 0 to lr."""
+    min_lr: float = Field(0.0, ge=0.0)
+    """Where the cosine ends."""
+
+
+class EMAConfig(Section):
+    """Exponential moving average of the weights."""
+
+    half_life: int = Field(0, ge=0)
+    """Samples after which a weight's share has halved; 0 turns the average off."""
+    ramp_up: float = Field(0.05, ge=0.0, le=1.0)
+    """Early on, the half-life is at most this part of the samples seen (Karras et al. 2022)."""
+
+
+class TrainingConfig(Section):
+    """How long and how."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps of each block; the end-to-end baseline takes as many, which makes layer-evaluations equal."""
+    batch_size: int = Field(128, ge=1)
+    """Samples a step."""
+    accumulate: int = Field(1, ge=1)
+    """Parts in which a batch goes through the network, to save memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass; bfloat16 through autocast, weights stay float32."""
+    compile: bool = False
+    """Compile the block with torch.compile."""
+
+    @model_validator(mode="after")
+    def _parts(self) -> TrainingConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When a block's state is saved."""
+
+    every: int = Field(500, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept for each block."""
+
+
+class ResourcesConfig(Section):
+    """What one worker gets. Only `threads` and `device` touch the trained bytes; the rest is placement."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where a block trains; auto takes a GPU when `gpus` is above 0."""
+    cpus: float = Field(1.0, ge=0.0)
+    """CPUs that Ray reserves for one worker."""
+    gpus: float = Field(0.0, ge=0.0)
+    """GPUs that Ray reserves for one worker; fractions share a GPU."""
+    threads: int = Field(1, ge=1)
+    """Threads of PyTorch in one worker; float sums depend on it, so it belongs to the run's identity."""
+    workers: int | None = Field(None, ge=1)
+    """At most this many workers at once; as many as fit when not given."""
+    max_restarts: int = Field(5, ge=0)
+    """How often a block is restarted after its worker died, before it counts as failed."""
+    start_timeout: float = Field(120.0, gt=0.0)
+    """Seconds a worker may take to start."""
+
+    @property
+    def resolved_device(self) -> Literal["cpu", "cuda"]:
+        """`device` with auto decided by what the worker is given."""
+        if self.device == "auto":
+            return "cuda" if self.gpus > 0 else "cpu"
+        return self.device
+
+
+class LoggingConfig(Section):
+    """What a worker tells."""
+
+    every: int = Field(50, ge=1)
+    """Steps between two lines of a block's metrics."""
+
+
+class RunConfig(Section):
+    """One run: a network, its data, how it is cut, and how it is trained."""
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run in logs and figures."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """The seed of everything random."""
+    model: ModelConfig
+    """The network."""
+    data: DataConfig = DataConfig()
+    """The samples."""
+    blocks: BlocksConfig = BlocksConfig()
+    """The cut."""
+    noise: NoiseConfig = NoiseConfig()
+    """The noise levels."""
+    codebook: CodebookConfig = CodebookConfig()
+    """The targets of the labels."""
+    chain: ChainConfig = ChainConfig()
+    """Inference."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """The optimiser."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate."""
+    ema: EMAConfig = EMAConfig()
+    """The averaged weights."""
+    training: TrainingConfig
+    """Length and precision."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """What a worker gets."""
+    logging: LoggingConfig = LoggingConfig()
+    """What a worker tells."""
+
+    @model_validator(mode="after")
+    def _cut_fits(self) -> RunConfig:
+        count, split, bounds = self.blocks.count, self.blocks.split, self.blocks.partition.boundaries
+        if count > self.model.depth:
+            raise ValueError(f"blocks.count {count} is more than the {self.model.depth} layers of model.depth")
+        if split is not None and (len(split) != count or sum(split) != self.model.depth):
+            raise ValueError(
+                f"blocks.split {list(split)} has to name {count} blocks whose layers add up to {self.model.depth}"
+            )
+        if bounds is not None:
+            if len(bounds) != count + 1:
+                raise ValueError(
+                    f"blocks.partition.boundaries {list(bounds)} needs {count + 1} values for {count} blocks"
+                )
+            if bounds[0] != self.noise.sigma_max or bounds[-1] != self.noise.sigma_min:
+                raise ValueError(
+                    f"blocks.partition.boundaries {list(bounds)} have to run from "
+                    f"noise.sigma_max {self.noise.sigma_max} to noise.sigma_min {self.noise.sigma_min}"
+                )
+        if self.chain.steps is not None and self.chain.steps < count:
+            raise ValueError(f"chain.steps {self.chain.steps} would skip some of the {count} blocks")
+        if self.schedule.warmup_steps > self.training.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than training.steps {self.training.steps}"
+            )
+        if self.schedule.min_lr > self.optimiser.lr:
+            raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimiser.lr {self.optimiser.lr}")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the trained bytes, as plain data.
+
+        Two configurations with the same identity may share a run directory. Left out are the run's name, where the
+        shards lie (their digest stands in the plan), placement, cadences, and how inference will read the model.
+        """
+        full = self.model_dump(mode="json")
+        for section in ("name", "checkpoints", "logging", "chain"):
+            del full[section]
+        full["resources"] = {"threads": self.resources.threads, "device": self.resources.resolved_device}
+        del full["data"]["path"]
+        return full
+
+    def digest(self) -> str:
+        """SHA-256 of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load_config` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def located(self) -> RunConfig:
+        """The same run with the shards' folder absolute, so that a worker started elsewhere finds it."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"path": str(self.data.shards)})})

@@ -1,0 +1,130 @@
+"""Inference: the Euler walk from pure noise down through the blocks' ranges, and what can be read off it.
+
+Source: Shing, Koyama, Akiba 2026, section 3, with the sign of equations 3 to 5 corrected: one Euler step of
+the probability-flow ODE from sigma to sigma' is z' = a z + (1 - a) D with a = sigma' / sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dbtrain.config import READOUTS, NoiseConfig
+from dbtrain.diffusion.noise import NoiseDistribution
+from dbtrain.diffusion.partition import owner
+from dbtrain.errors import UserError
+from dbtrain.plan import NoiseRange
+
+Denoise = Callable[[int, Tensor, float], Tensor]
+"""(index of the block that owns sigma, z (N, d), sigma) -> log-probabilities of the labels (N, classes)."""
+
+
+@dataclass(frozen=True)
+class ChainTrace:
+    """What the blocks said along one walk, one entry a step, highest noise first."""
+
+    log_probs: tuple[Tensor, ...]
+    """Each step's log-probabilities of the labels, (N, classes), float32 or wider."""
+    blocks: tuple[int, ...]
+    """The block that acted at each step."""
+    sigmas: tuple[float, ...]
+    """The noise level at which it acted."""
+
+
+def sigma_grid(ranges: Sequence[NoiseRange], steps: int, noise: NoiseConfig) -> list[float]:
+    """The noise levels at which blocks act, falling; none at sigma_min, where a block could change nothing.
+
+    Steps are shared out evenly, with the remainder to the first blocks. Each block acts at the top of its own
+    range first; further steps are spaced at equal probability inside the range.
+
+    Raises:
+        UserError: fewer steps than blocks.
+    """
+    if steps < len(ranges):
+        raise UserError(
+            f"would skip some of the {len(ranges)} blocks",
+            field="chain.steps",
+            value=steps,
+            mend=f"give at least {len(ranges)}",
+        )
+    distribution = NoiseDistribution.from_config(noise)
+    grid = []
+    for index, own in enumerate(ranges):
+        count = steps // len(ranges) + (1 if index < steps % len(ranges) else 0)
+        grid += [distribution.quantile(1.0 - step / count, own) for step in range(count)]
+    return grid
+
+
+def run_chain(
+    denoise: Denoise,
+    ranges: Sequence[NoiseRange],
+    codebook: Tensor,
+    noise: NoiseConfig,
+    steps: int,
+    bridge: Literal["softmax", "argmax"],
+    start: Tensor,
+    stop_after: int | None = None,
+) -> ChainTrace:
+    """Walk from `start` through all blocks, or through the first `stop_after` steps of that walk alone.
+
+    Args:
+        denoise: asked once a step, with the block that owns the step's sigma.
+        ranges: the blocks' own ranges (without overlap), highest first.
+        codebook: clean targets of the labels, (classes, d).
+        noise: spaces the steps where there are more of them than blocks.
+        steps: number of steps, at least one a block.
+        bridge: the estimate D of the clean target is the codebook's mean under the labels' probabilities
+            ("softmax"), or its row of the likeliest label ("argmax").
+        start: sigma_max times standard normal noise, (N, d); its type and device are those of the walk.
+    """
+    sigmas = sigma_grid(ranges, steps, noise)[:stop_after]
+    blocks = [owner(ranges, sigma) for sigma in sigmas]
+    codes = codebook.to(start)
+    z = start
+    said = [_as_float(denoise(blocks[0], z, sigmas[0]))]
+    for index, (sigma, lower) in zip(blocks[1:], pairwise(sigmas), strict=True):
+        a = lower / sigma
+        z = a * z + (1.0 - a) * _estimate(said[-1], codes, bridge)
+        said.append(_as_float(denoise(index, z, lower)))
+    return ChainTrace(tuple(said), tuple(blocks), tuple(sigmas))
+
+
+def read_out(traces: Sequence[ChainTrace], name: str) -> Tensor:
+    """Probabilities of the labels, (N, classes), by one of `READOUTS`.
+
+    `first` and `last` are what the first and the last step said; `product` multiplies the steps' posteriors
+    and normalises. These take the first trace alone; with `_mean`, the mean of the probabilities over all
+    traces (one a starting noise).
+
+    Raises:
+        ValueError: an unknown name, or no trace.
+    """
+    if name not in READOUTS:
+        raise ValueError(f"unknown read-out {name!r}; known: {', '.join(READOUTS)}")
+    if not traces:
+        raise ValueError("a read-out needs at least one trace")
+    base = name.removesuffix("_mean")
+    used = traces if name != base else traces[:1]
+    return torch.stack([_read_one(trace, base) for trace in used]).mean(dim=0)
+
+
+def _read_one(trace: ChainTrace, base: str) -> Tensor:
+    if base == "product":
+        return torch.stack(trace.log_probs).sum(dim=0).softmax(dim=-1)
+    return trace.log_probs[0 if base == "first" else -1].exp()
+
+
+def _estimate(log_probs: Tensor, codes: Tensor, bridge: Literal["softmax", "argmax"]) -> Tensor:
+    if bridge == "argmax":
+        return codes[log_probs.argmax(dim=-1)]
+    return log_probs.exp().to(codes.dtype) @ codes
+
+
+def _as_float(log_probs: Tensor) -> Tensor:
+    """Sums over steps and means over noises need more digits than autocast leaves."""
+    return log_probs if log_probs.dtype == torch.float64 else log_probs.float()

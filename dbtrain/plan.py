@@ -1,0 +1,124 @@
+"""The plan: which layers and which noise range each block owns, and what that costs a worker.
+
+Plain data with JSON in and out; `dbtrain.training.planner` makes one from a `RunConfig`. A plan is written once, at the
+start of a run, and everything later (workers, assembly, monitors) reads it instead of deciding again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Kind = Literal["blocks", "end_to_end"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class NoiseRange(_Record):
+    """An interval of noise levels sigma, low < high."""
+
+    low: float
+    high: float
+
+
+class Bytes(_Record):
+    """Bytes resident in one worker while it trains its block; activations are for one (micro-)batch."""
+
+    parameters: int
+    buffers: int
+    """Frozen tensors, such as the codebook."""
+    gradients: int
+    optimiser: int
+    ema: int
+    activations: int
+    """Tensors that autograd keeps for the backward pass."""
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return self.parameters + self.buffers + self.gradients + self.optimiser + self.ema + self.activations
+
+
+class BlockPlan(_Record):
+    """One block of the run. An end-to-end baseline has a single one that owns all layers and no noise."""
+
+    index: int
+    """0 has the earliest layers and the highest noise."""
+    layers: tuple[int, int]
+    """First layer and the one after the last."""
+    noise: NoiseRange | None
+    """The range of noise levels the block answers for at inference."""
+    trained: NoiseRange | None
+    """That range with the overlap: what it trains on."""
+    parameters: int
+    """Number of trained scalars."""
+    bytes: Bytes
+    flops_per_sample: int
+    """Floating-point operations of one sample's forward and backward pass (matrix products, 2 a multiply-add)."""
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the block owns."""
+        return self.layers[1] - self.layers[0]
+
+
+class DatasetFacts(_Record):
+    """What a run has to know of its data; taken from the shards' manifest when training starts."""
+
+    sha256: str
+    """Digest of the manifest's content: two folders with the same digest hold the same rows in the same order."""
+    train_rows: int
+    test_rows: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    """Mean of each channel over the training rows, of pixels in [0, 1]."""
+    std: tuple[float, ...]
+    """Their standard deviation."""
+
+
+class Plan(_Record):
+    """Who trains what."""
+
+    kind: Kind
+    name: str
+    config_sha256: str
+    """`RunConfig.digest()` of the configuration the plan was made from."""
+    codebook_sha256: str | None
+    """Digest of the frozen targets that all blocks share; none for an end-to-end network."""
+    seed: int
+    steps: int
+    """Optimiser steps of every block."""
+    batch_size: int
+    threads: int
+    """Threads of PyTorch in each worker."""
+    data: DatasetFacts | None = None
+    """None in a dry run, before the data has been looked at."""
+    blocks: tuple[BlockPlan, ...] = Field(min_length=1)
+
+    @property
+    def layer_evaluations(self) -> int:
+        """Layers evaluated in training, summed over blocks, steps and samples: the unit of fair comparisons."""
+        return self.steps * self.batch_size * sum(block.num_layers for block in self.blocks)
+
+
+def split_layers(depth: int, count: int, split: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """Cut `depth` layers into `count` contiguous pieces, as (first, end) pairs.
+
+    Without an explicit `split` the pieces differ by at most one layer and the remainder goes to the first blocks, which
+    own the highest noise; no layer is ever dropped.
+
+    Raises:
+        ValueError: more pieces than layers, or a split that does not add up.
+    """
+    if split is None:
+        if not 1 <= count <= depth:
+            raise ValueError(f"cannot cut {depth} layers into {count} blocks")
+        split = [depth // count + (1 if index < depth % count else 0) for index in range(count)]
+    if len(split) != count or sum(split) != depth or min(split) < 1:
+        raise ValueError(f"split {list(split)} does not share {depth} layers among {count} blocks")
+    ends = [sum(split[: index + 1]) for index in range(count)]
+    return [(end - size, end) for end, size in zip(ends, split, strict=True)]
