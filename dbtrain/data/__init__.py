@@ -1,0 +1,1 @@
+"""Sources -> Arrow shards -> memory-mapped batches in a stateless order, distorted per sample."""

@@ -1,0 +1,221 @@
+"""Reading shards: memory-mapped Arrow IPC files, opened without being read.
+
+Each file holds one uncompressed record batch, so that a column is one contiguous buffer and a sample a slice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dbtrain.data.manifest import ImageShape, Manifest, ShardFile, Split
+from dbtrain.errors import CorruptData, UserError
+
+STAMP_FILE = ".verified.json"
+
+# Pages of a mapped file stay resident after they were read. Sets smaller than this may stay mapped whole.
+_RESIDENT_BYTES = 256 << 20
+
+Column = Literal["image", "label"]
+VerifyProgress = Callable[[int, int], None]
+"""Called with bytes read so far and bytes to read."""
+
+
+def shard_schema(image: ImageShape) -> pa.Schema:
+    """Columns of a shard: image, fixed-size binary of C*H*W bytes (channels first), and label, int64."""
+    fields: list[pa.Field[Any]] = [
+        pa.field("image", pa.binary(image.bytes), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+    ]
+    return pa.schema(fields)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Views into one mapped file."""
+
+    file: mmap.mmap
+    image: npt.NDArray[np.uint8]
+    label: npt.NDArray[np.int64]
+
+
+class ShardSet:
+    """The rows of one split."""
+
+    def __init__(self, folder: Path, split: Split, manifest: Manifest, shards: list[_Mapped]):
+        self.folder = folder
+        self.split = split
+        self.manifest = manifest
+        self._shards = shards
+        self._starts = np.cumsum([0] + [len(shard.label) for shard in shards])
+        self.rows = int(self._starts[-1])
+        self._release = sum(len(shard.file) for shard in shards) > _RESIDENT_BYTES
+
+    @classmethod
+    def open(cls, folder: Path, split: Split) -> ShardSet:
+        """Map all shards of a split; checks manifest, sizes, rows and schema, and reads no samples.
+
+        Raises:
+            UserError: the folder holds no prepared data, or a shard is missing.
+            CorruptData: a shard is truncated or is not what the manifest says.
+        """
+        manifest = Manifest.load(folder)
+        shards = [_map(folder, shard, manifest.image) for shard in manifest.splits[split].shards]
+        return cls(folder, split, manifest, shards)
+
+    def gather(self, column: Column, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Copy rows out of the mapped files, once: images (N, C, H, W) uint8, or labels (N,) int64."""
+        if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of a split of {self.rows}")
+        columns: list[npt.NDArray[Any]] = [getattr(shard, column) for shard in self._shards]
+        out = np.empty((len(rows), *columns[0].shape[1:]), dtype=columns[0].dtype)
+        if len(columns) == 1:
+            # clip: numpy would otherwise gather into a second buffer first; the bounds are checked above.
+            np.take(columns[0], rows, axis=0, out=out, mode="clip")
+            owners = np.zeros(1, dtype=np.int64)
+        else:
+            owners = np.searchsorted(self._starts, rows, side="right") - 1
+            local = rows - self._starts[owners]
+            for target, (owner, row) in enumerate(zip(owners.tolist(), local.tolist(), strict=True)):
+                out[target] = columns[owner][row]
+        if self._release and hasattr(mmap, "MADV_DONTNEED"):
+            # The pages leave this process, not the system's cache: its memory stays flat over an epoch.
+            for owner in np.unique(owners).tolist():
+                self._shards[owner].file.madvise(mmap.MADV_DONTNEED)
+        if column == "image":
+            image = self.manifest.image
+            return out.reshape(-1, image.channels, image.height, image.width)
+        return out
+
+    def verify(self, progress: VerifyProgress | None = None) -> None:
+        """Compare every shard of both splits with its digest, and all labels with the class names.
+
+        Files that passed before and have the same size, modification time and inode are not read again.
+
+        Raises:
+            CorruptData: a file's bytes are not those its manifest promises.
+        """
+        stamps = _read_stamps(self.folder)
+        shards = [shard for split in self.manifest.splits.values() for shard in split.shards]
+        total, done = sum(shard.bytes for shard in shards), 0
+        fresh: dict[str, list[int | str]] = {}
+        for shard in shards:
+            stamp = _stamp(self.folder / shard.file, shard)
+            if stamps.get(shard.file) != stamp:
+                _verify_file(self.folder, shard, self.manifest)
+            fresh[shard.file] = stamp
+            done += shard.bytes
+            if progress is not None:
+                progress(done, total)
+        if fresh != stamps:
+            _write_stamps(self.folder, fresh)
+
+
+def _map(folder: Path, shard: ShardFile, image: ImageShape) -> _Mapped:
+    path = folder / shard.file
+    _check_size(path, shard)
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Rows are taken in random order: reading ahead would only fill memory.
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)
+        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped)))
+        batch = reader.get_batch(0) if reader.num_record_batches == 1 else None
+    except (OSError, pa.ArrowException) as error:
+        raise _corrupt(path, f"is not a readable Arrow file: {_one_line(error)}") from None
+    if batch is None:
+        raise _corrupt(path, f"has {reader.num_record_batches} record batches, not one")
+    if not batch.schema.equals(shard_schema(image), check_metadata=False):
+        found = ", ".join(f"{field.name}: {field.type}" for field in batch.schema)
+        raise _corrupt(path, f"has the columns ({found}), which do not hold images of {image} and labels")
+    if batch.num_rows != shard.rows:
+        raise _corrupt(path, f"has {batch.num_rows} rows, the manifest says {shard.rows}")
+    pixels = np.frombuffer(_data(batch.column(0)), np.uint8, shard.rows * image.bytes)
+    labels = np.frombuffer(_data(batch.column(1)), np.int64, shard.rows)
+    return _Mapped(mapped, pixels.reshape(shard.rows, image.bytes), labels)
+
+
+def _data(column: pa.Array[Any]) -> memoryview:
+    buffer = column.buffers()[1]
+    assert buffer is not None
+    return memoryview(buffer)
+
+
+def _check_size(path: Path, shard: ShardFile) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError("the shard is missing", field="shard", value=path, mend=_MEND) from None
+    if size < shard.bytes:
+        raise _corrupt(path, f"is truncated: {size} bytes, the manifest says {shard.bytes}")
+    if size > shard.bytes:
+        raise _corrupt(path, f"has {size} bytes, the manifest says {shard.bytes}")
+
+
+def _verify_file(folder: Path, shard: ShardFile, manifest: Manifest) -> None:
+    path = folder / shard.file
+    _check_size(path, shard)
+    if file_sha256(path) != shard.sha256:
+        raise _corrupt(path, "its bytes have changed since it was prepared (SHA-256 differs)")
+    labels = _map(folder, shard, manifest.image).label
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(manifest.class_names):
+        wrong = low if low < 0 else high
+        raise _corrupt(path, f"has the class id {wrong}, outside 0..{len(manifest.class_names) - 1}")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_MEND = "prepare the data again with `dbtrain prepare`"
+
+
+def _corrupt(path: Path, problem: str) -> CorruptData:
+    mend = f"{_MEND} --overwrite; with cold copies, delete the file and it is restored"
+    return CorruptData(problem, field="shard", value=path, mend=mend)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _stamp(path: Path, shard: ShardFile) -> list[int | str]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UserError("the shard is missing", field="shard", value=path, mend=_MEND) from None
+    return [shard.sha256, status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _read_stamps(folder: Path) -> dict[str, Any]:
+    try:
+        stamps = json.loads((folder / STAMP_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def _write_stamps(folder: Path, stamps: dict[str, list[int | str]]) -> None:
+    temporary = folder / f"{STAMP_FILE}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps(stamps))
+        temporary.replace(folder / STAMP_FILE)
+    except OSError:
+        # The data may lie on a read-only or full disk. The stamp only saves time.
+        with contextlib.suppress(OSError):
+            temporary.unlink()

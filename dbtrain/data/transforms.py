@@ -1,0 +1,89 @@
+"""uint8 image batches -> normalised float32, on whatever device they are, distorted per sample.
+
+Every random parameter is a function of (key, position of the sample) alone: neither batch size, nor step, nor
+the samples beside it change what happens to an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dbtrain.config import AugmentConfig
+from dbtrain.data.randaugment import LANES_PER_OPERATION, rand_augment
+from dbtrain.randomness import keyed_uniform
+
+# Which of a sample's uniform numbers decides what. Fixed: turning one distortion on leaves the others alone.
+_CROP_Y, _CROP_X, _FLIP, _RANDAUGMENT = 0, 1, 2, 3
+
+
+class Transform(Protocol):
+    """What a loader does to the images it has gathered."""
+
+    def __call__(self, images: Tensor, positions: npt.NDArray[np.int64]) -> Tensor:
+        """uint8 (N, C, H, W) and the samples' positions in the order -> float32 (N, C, H, W)."""
+        ...
+
+
+class EvalTransform:
+    """Normalise: (pixel / 255 - mean) / std for each channel."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        scale = torch.tensor(std, dtype=torch.float64).reciprocal() / 255
+        shift = torch.tensor(mean, dtype=torch.float64) * 255 * scale
+        self._scale = scale.float().view(-1, 1, 1)
+        self._shift = shift.float().view(-1, 1, 1)
+
+    def __call__(self, images: Tensor, positions: npt.NDArray[np.int64] | None = None) -> Tensor:
+        """uint8 (N, C, H, W) -> float32 of the same shape."""
+        self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
+        return images.float().mul_(self._scale).sub_(self._shift)
+
+
+class TrainTransform:
+    """Pad-crop, flip, RandAugment, normalise: those of them that the configuration asks for."""
+
+    def __init__(self, augment: AugmentConfig, mean: Sequence[float], std: Sequence[float], key: int):
+        self._augment = augment
+        self._normalise = EvalTransform(mean, std)
+        self._key = key
+        policy = augment.randaugment
+        self._lanes = _RANDAUGMENT + (0 if policy is None else policy.operations * LANES_PER_OPERATION)
+
+    def __call__(self, images: Tensor, positions: npt.NDArray[np.int64]) -> Tensor:
+        """uint8 (N, C, H, W) and positions (N,) -> float32 (N, C, H, W)."""
+        return self._normalise(self.distort(images, positions))
+
+    def distort(self, images: Tensor, positions: npt.NDArray[np.int64]) -> Tensor:
+        """The distortions alone: uint8 in, uint8 out."""
+        augment = self._augment
+        chance = keyed_uniform(self._key, positions, self._lanes)
+        if augment.crop_padding:
+            images = pad_crop(images, augment.crop_padding, chance[:, _CROP_Y], chance[:, _CROP_X])
+        if augment.flip:
+            images = flip(images, chance[:, _FLIP] < 0.5)
+        if augment.randaugment is not None:
+            images = rand_augment(images, augment.randaugment, chance[:, _RANDAUGMENT:])
+        return images
+
+
+def pad_crop(images: Tensor, padding: int, y: npt.NDArray[np.float64], x: npt.NDArray[np.float64]) -> Tensor:
+    """Pad with zeros on all sides and cut the original size back out; y and x (N,) in [0, 1) say where."""
+    height, width = images.shape[-2:]
+    device = images.device
+    top = torch.from_numpy((y * (2 * padding + 1)).astype(np.int64)).to(device)
+    left = torch.from_numpy((x * (2 * padding + 1)).astype(np.int64)).to(device)
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(images), device=device), :, top, left]
+
+
+def flip(images: Tensor, chosen: npt.NDArray[np.bool_]) -> Tensor:
+    """Mirror the chosen images, (N,) bool, left to right."""
+    mask = torch.from_numpy(chosen).to(images.device).view(-1, 1, 1, 1)
+    return torch.where(mask, images.flip(-1), images)
