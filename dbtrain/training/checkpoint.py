@@ -1,0 +1,398 @@
+"""Checkpoints of one block: written in the background, committed whole, verified on loading.
+
+```
+checkpoints/step-00000500/{model,ema,optimizer}.safetensors(.zst)  state.json  MANIFEST
+```
+MANIFEST names the files with their sizes and SHA-256, and ends with the SHA-256 of itself. Locally a
+checkpoint is written under a temporary name and renamed. On an object store its files go where they will
+stay, under names that no other writer uses, and putting MANIFEST commits them; a folder without one is no
+checkpoint there. Before it commits, a writer looks whether a newer attempt has claimed the block. No pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import re
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import zstandard
+from torch import Tensor
+
+from dbtrain.errors import CorruptData, UserError
+from dbtrain.run_directory import BlockDirectory, StaleAttempt
+from dbtrain.storage import REPLACED, TEMPORARY, Storage, temporary_name
+
+MANIFEST = "MANIFEST"
+_FORMAT = 1
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_SAMPLE_BYTES = 1 << 20
+_SAMPLE_PIECES = 16
+_WORTHWHILE = 0.9
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The whole state of a block's training after `step` steps, in CPU tensors that nobody else changes."""
+
+    step: int
+    model: dict[str, Tensor]
+    """Parameters by name."""
+    ema: dict[str, Tensor] | None
+    """Averaged parameters by name; None in a run that keeps none."""
+    optimizer: dict[str, Tensor]
+    """Moments and counters by name."""
+    state: dict[str, Any]
+    """Whatever else resuming needs, as JSON."""
+
+
+class CheckpointStore:
+    """The checkpoints of one block, as the one attempt that may write them sees them."""
+
+    def __init__(self, block: BlockDirectory, attempt: int, keep: int):
+        """Removes what dead writers left unfinished, unless a newer attempt owns the block.
+
+        Args:
+            block: whose checkpoints.
+            attempt: the writer's number; saving is refused once a newer one has claimed the block.
+            keep: how many intact checkpoints remain, newest first; at least 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; it has to be at least 1")
+        self._block = block
+        self._attempt = attempt
+        self._keep = keep
+        self._storage = block.checkpoints
+        self._damaged: set[int] = set()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._in_flight: Future[None] | None = None
+        self.durable_step = 0
+        """Step of the newest checkpoint that this store has loaded or brought to the disk; 0 before the first."""
+        if attempt >= block.current_attempt():
+            self._clear_unfinished()
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint in the background, in place of one of the same step; waits for the one before.
+
+        The tensors must not change until `wait` returns.
+
+        Raises:
+            StaleAttempt: a newer attempt owns the block; nothing was changed.
+            UserError: the checkpoint before this one could not be written; this one is not written either.
+        """
+        self.wait()
+        self._in_flight = self._writer.submit(self._write, snapshot)
+
+    def wait(self) -> None:
+        """Return when the checkpoint in flight is durable; raises what went wrong with it, once."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            in_flight.result()
+
+    def close(self) -> None:
+        """Wait, and end the background thread. May be called again."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, ascending, without those that loading found damaged."""
+        return [step for step in checkpoint_steps(self._block) if step not in self._damaged]
+
+    def load_latest(self) -> Snapshot | None:
+        """The newest intact checkpoint, every file verified; None when there is no checkpoint.
+
+        Warns of each damaged one on the way to it.
+
+        Raises:
+            CorruptData: there are checkpoints and all are damaged.
+        """
+        found = checkpoint_steps(self._block)
+        for step in reversed(found):
+            try:
+                snapshot = _load(self._storage, step)
+            except CorruptData as error:
+                self._damaged.add(step)
+                message = f"skipping a damaged checkpoint: {error}"
+                _log.warning(message)
+                warnings.warn(message, stacklevel=2)
+            else:
+                self._damaged.discard(step)
+                self.durable_step = step
+                return snapshot
+        if found:
+            raise CorruptData(
+                f"all checkpoints of block {self._block.index} are damaged: {self._storage.uri}",
+                value=self._storage.uri,
+                mend="restore one from a backup, or remove that folder to train the block from its start",
+            )
+        return None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        self._check_fence()
+        name = _step_name(snapshot.step)
+        files = _UnfinishedCheckpoint(self._storage, name)
+        try:
+            entries = {part: files.write(filename, data) for part, filename, data in _encode(snapshot)}
+            manifest = _seal({"format": _FORMAT, "step": snapshot.step, "attempt": self._attempt, "files": entries})
+            files.commit(manifest, self._check_fence)
+        except (OSError, UserError):
+            files.discard()
+            # A newer attempt removes what an older one has not finished; then that is the reason.
+            self._check_fence()
+            raise
+        except BaseException:
+            files.discard()
+            raise
+        self._damaged.discard(snapshot.step)
+        self.durable_step = snapshot.step
+        _log.info("%s/%s committed", self._storage.uri, name)
+        self._prune(snapshot.step)
+
+    def _check_fence(self) -> None:
+        current = self._block.current_attempt()
+        if current > self._attempt:
+            raise StaleAttempt(self._block.storage.uri, self._attempt, current)
+
+    def _prune(self, newest: int) -> None:
+        """Keep the newest intact checkpoints up to step `newest`, and drop the other ones before it."""
+        before = [step for step in checkpoint_steps(self._block) if step <= newest]
+        kept = [step for step in before if step not in self._damaged][-self._keep :]
+        for step in before:
+            if step not in kept:
+                self._storage.remove_tree(_step_name(step))
+
+    def _clear_unfinished(self) -> None:
+        for name in self._storage.list():
+            final = name.removeprefix(REPLACED)
+            if name.startswith(REPLACED) and not self._storage.exists(final):
+                self._storage.commit_folder(name, final)
+            elif name.startswith(TEMPORARY):
+                # Taken away in one piece first: an older attempt may wake up and commit what is left of it.
+                taken = temporary_name("dead")
+                with contextlib.suppress(FileNotFoundError):
+                    self._storage.commit_folder(name, taken)
+                self._storage.remove_tree(taken)
+            elif self._is_uncommitted(name):
+                self._storage.remove_tree(name)
+
+    def _is_uncommitted(self, name: str) -> bool:
+        """Whether `name` is a checkpoint on an object store whose writer died before putting its manifest."""
+        return (
+            self._storage.local_path is None
+            and _STEP_NAME.fullmatch(name) is not None
+            and not self._storage.exists(f"{name}/{MANIFEST}")
+        )
+
+
+class _UnfinishedCheckpoint:
+    """One writer's files of one checkpoint, until they are committed or discarded."""
+
+    def __init__(self, storage: Storage, final: str):
+        self._storage = storage
+        self._final = final
+        renames = storage.local_path is not None
+        self._folder = temporary_name(final) if renames else final
+        self._prefix = "" if renames else f"{uuid.uuid4().hex[:12]}."
+        self._names: list[str] = []
+
+    def write(self, name: str, data: bytes) -> dict[str, Any]:
+        """Write one file; returns its entry in the manifest."""
+        unique = self._prefix + name
+        self._names.append(unique)
+        self._storage.write_atomic(f"{self._folder}/{unique}", data)
+        return {"file": unique, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def commit(self, manifest: bytes, check_fence: Callable[[], None]) -> None:
+        """Make the files the checkpoint, in place of the one of that step, if the fence still lets us."""
+        if self._folder != self._final:
+            self._storage.write_atomic(f"{self._folder}/{MANIFEST}", manifest)
+            check_fence()
+            self._storage.commit_folder(self._folder, self._final)
+            return
+        check_fence()
+        # From here on nothing may be discarded: a put that failed with a broken connection may have arrived.
+        names, self._names = self._names, []
+        self._storage.write_atomic(f"{self._final}/{MANIFEST}", manifest)
+        for name in self._storage.list(self._final):
+            if name not in names and name != MANIFEST:
+                self._storage.remove_tree(f"{self._final}/{name}")
+
+    def discard(self) -> None:
+        """Remove what was written and not committed, as far as the filesystem lets us."""
+        with contextlib.suppress(OSError, UserError):
+            if self._folder != self._final:
+                self._storage.remove_tree(self._folder)
+            for name in self._names:
+                self._storage.remove_tree(f"{self._folder}/{name}")
+
+
+def checkpoint_steps(block: BlockDirectory) -> list[int]:
+    """Steps of the checkpoints that a block has, ascending; their bytes are not looked at."""
+    storage = block.checkpoints
+    found = [int(match[1]) for name in storage.list() if (match := _STEP_NAME.fullmatch(name)) is not None]
+    if storage.local_path is None:
+        found = [step for step in found if storage.exists(f"{_step_name(step)}/{MANIFEST}")]
+    return sorted(found)
+
+
+def read_weights(block: BlockDirectory, which: Literal["ema", "raw"]) -> tuple[int, dict[str, Tensor]]:
+    """Step and parameters of the newest checkpoint; reads and verifies the one file they are in.
+
+    Args:
+        block: whose.
+        which: `ema` for the averaged parameters, `raw` for those of the last step.
+
+    Raises:
+        UserError: the block has no checkpoint, or its run keeps no averaged parameters.
+        CorruptData: the newest checkpoint is damaged; an older one is never taken instead.
+    """
+    step, entries = _newest(block)
+    part = "ema" if which == "ema" else "model"
+    if part not in entries:
+        raise UserError(
+            f"the checkpoints of block {block.index} hold no averaged weights",
+            field="weights",
+            value=which,
+            mend="take the raw ones, or train with ema.half_life above 0",
+        )
+    return step, _read_tensors(block.checkpoints, step, entries[part])
+
+
+def read_state(block: BlockDirectory) -> dict[str, Any]:
+    """The `state` of the newest checkpoint, verified; raises as `read_weights` does."""
+    step, entries = _newest(block)
+    state: dict[str, Any] = json.loads(_read_verified(block.checkpoints, step, entries["state"]))
+    return state
+
+
+def _newest(block: BlockDirectory) -> tuple[int, dict[str, dict[str, Any]]]:
+    steps = checkpoint_steps(block)
+    if not steps:
+        raise UserError(
+            f"block {block.index} has no checkpoint yet: {block.checkpoints.uri}",
+            value=block.checkpoints.uri,
+            mend="train it first",
+        )
+    return steps[-1], _read_manifest(block.checkpoints, steps[-1])
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _encode(snapshot: Snapshot) -> Iterator[tuple[str, str, bytes]]:
+    """Part, file name and content of each file of a checkpoint, one at a time to save memory."""
+    for part, tensors in (
+        ("model", snapshot.model),
+        ("ema", snapshot.ema),
+        ("optimizer", snapshot.optimizer),
+    ):
+        if tensors is not None:
+            data = _encode_tensors(tensors)
+            if _compresses(data):
+                yield part, f"{part}.safetensors.zst", zstandard.ZstdCompressor(level=1).compress(data)
+            else:
+                yield part, f"{part}.safetensors", data
+    yield "state", "state.json", (json.dumps(snapshot.state, sort_keys=True, indent=2) + "\n").encode()
+
+
+def _encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file that depends on names, types, shapes and values alone, not on order or layout."""
+    owned: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        dense = tensor.detach().contiguous()
+        if dense.untyped_storage().data_ptr() in storages:
+            dense = dense.clone()
+        storages.add(dense.untyped_storage().data_ptr())
+        owned[name] = dense
+    return safetensors.torch.save(owned)
+
+
+def _compresses(data: bytes) -> bool:
+    """Whether zstd takes at least a tenth off a sample of 1 MiB, drawn evenly from the file."""
+    if len(data) > _SAMPLE_BYTES:
+        piece = _SAMPLE_BYTES // _SAMPLE_PIECES
+        stride = (len(data) - piece) // (_SAMPLE_PIECES - 1)
+        data = b"".join(data[k * stride : k * stride + piece] for k in range(_SAMPLE_PIECES))
+    return len(zstandard.ZstdCompressor(level=1).compress(data)) <= _WORTHWHILE * len(data)
+
+
+def _load(storage: Storage, step: int) -> Snapshot:
+    entries = _read_manifest(storage, step)
+    model, ema, optimizer = (
+        _read_tensors(storage, step, entries[part]) if part in entries else None
+        for part in ("model", "ema", "optimizer")
+    )
+    if model is None or optimizer is None or "state" not in entries:
+        raise _damaged(storage, step, MANIFEST, "does not name all parts of a checkpoint")
+    state = json.loads(_read_verified(storage, step, entries["state"]))
+    return Snapshot(step=step, model=model, ema=ema, optimizer=optimizer, state=state)
+
+
+def _seal(content: Mapping[str, Any]) -> bytes:
+    body = json.dumps(content, sort_keys=True, indent=2).encode()
+    return body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n"
+
+
+def _read_manifest(storage: Storage, step: int) -> dict[str, dict[str, Any]]:
+    """The manifest's entries by part."""
+    body, _, seal = _read(storage, step, MANIFEST).removesuffix(b"\n").rpartition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != seal:
+        raise _damaged(storage, step, MANIFEST, "is not the one that was written")
+    content = json.loads(body)
+    if content["format"] != _FORMAT:
+        raise UserError(
+            f"checkpoints of format {content['format']} in {storage.uri}; this version reads {_FORMAT}",
+            mend="use the version of dbtrain that wrote them",
+        )
+    if content["step"] != step:
+        raise _damaged(storage, step, MANIFEST, f"belongs to step {content['step']}")
+    entries: dict[str, dict[str, Any]] = content["files"]
+    return entries
+
+
+def _read_tensors(storage: Storage, step: int, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    data = _read_verified(storage, step, entry)
+    if entry["file"].endswith(".zst"):
+        data = zstandard.ZstdDecompressor().decompress(data)
+    return safetensors.torch.load(data)
+
+
+def _read_verified(storage: Storage, step: int, entry: Mapping[str, Any]) -> bytes:
+    data = _read(storage, step, entry["file"])
+    if len(data) != entry["bytes"]:
+        raise _damaged(storage, step, entry["file"], f"has {len(data)} bytes instead of {entry['bytes']}")
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise _damaged(storage, step, entry["file"], "does not have the digest of its manifest")
+    return data
+
+
+def _read(storage: Storage, step: int, name: str) -> bytes:
+    try:
+        return storage.read_bytes(f"{_step_name(step)}/{name}")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise _damaged(storage, step, name, "is missing") from None
+    except OSError as error:
+        if error.errno != errno.EIO:  # a bad sector is damage; a network that is down is not
+            raise
+        raise _damaged(storage, step, name, "cannot be read from its device") from None
+
+
+def _damaged(storage: Storage, step: int, name: str, problem: str) -> CorruptData:
+    path = f"{storage.uri}/{_step_name(step)}/{name}"
+    return CorruptData(f"{path} {problem}", value=path, mend="restore the file, or train that part again")

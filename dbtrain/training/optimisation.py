@@ -1,0 +1,57 @@
+"""The optimiser, its learning rate, and its state as named tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dbtrain.config import OptimiserConfig, ScheduleConfig
+
+
+def make_optimizer(module: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay for the matrices of linear layers alone, not for biases, norms and embeddings."""
+    matrices = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
+    decayed = [p for p in module.parameters() if id(p) in matrices]
+    others = [p for p in module.parameters() if id(p) not in matrices]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of the optimiser step that follows `step` finished ones: linear warm-up, then cosine or constant."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return peak
+    progress = (step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps)
+    return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state under names `parameter/field`, without copies."""
+    return {
+        f"{name}/{field}": value
+        for name, parameter in module.named_parameters()
+        for field, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer(
+    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], device: torch.device
+) -> None:
+    """Put back what `optimizer_tensors` gave, on `device`."""
+    parameters = dict(module.named_parameters())
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        optimizer.state[parameters[name]][field] = value.to(device)
