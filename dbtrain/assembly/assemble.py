@@ -1,0 +1,150 @@
+"""Stitching the trained blocks of a run into one model folder.
+
+    run/model/config.json        configuration, plan, which weights, what the images have to look like
+    run/model/model.safetensors  blocks.<index>.<parameter>, and the codebook
+    run/model/README.md          what it is and where it came from
+
+Everything a block was trained against is checked here, because nothing checked it during training: blocks never met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import safetensors.torch
+from torch import Tensor
+
+from dbtrain.config import RunConfig
+from dbtrain.errors import CorruptData, UserError
+from dbtrain.models import family_of
+from dbtrain.plan import Plan
+from dbtrain.run_directory import RunDirectory
+from dbtrain.storage import temporary_name
+from dbtrain.training.checkpoint import read_state, read_weights
+from dbtrain.training.planner import build_on_meta, check_plan, origin
+
+Weights = Literal["ema", "raw"]
+FORMAT = 1
+"""Version of the model folder's layout."""
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What `assemble` made."""
+
+    path: str
+    """The model folder, a path or URI."""
+    sha256: str
+    """Digest of model.safetensors: equal digests mean equal weights."""
+    weights: Weights
+    blocks: int
+    parameters: int
+    bytes: int
+
+
+def assemble(run: RunDirectory, weights: Weights | None = None) -> Assembled:
+    """Check and join the last checkpoints of all blocks, and write the model folder in one piece.
+
+    Args:
+        weights: averaged (`ema`) or last (`raw`) parameters; averaged ones by default if the run kept them.
+
+    Raises:
+        UserError: a block is unfinished, or averaged weights are asked of a run that has none.
+        CorruptData: a checkpoint is damaged or comes from another block or run, or configuration, plan and codebook do
+            not belong together.
+    """
+    config, plan = run.config, run.plan
+    chosen = _choose(config, weights)
+    family = family_of(config)
+    codebook = family.codebook(config) if plan.kind == "blocks" else None
+    check_plan(config, plan, codebook)
+    tensors: dict[str, Tensor] = {} if codebook is None else {"codebook": codebook}
+    for block in plan.blocks:
+        step, found = read_weights(run.block(block.index), chosen)
+        if step != plan.steps:
+            raise UserError(
+                f"block {block.index} has reached step {step} of {plan.steps}",
+                field="run",
+                value=run.uri,
+                mend="finish it with `dbtrain train` or `dbtrain baseline` on the same run directory",
+            )
+        expected = build_on_meta(family, config, block.layers, block.trained, codebook)
+        shapes = {name: value.shape for name, value in expected.named_parameters()}
+        if (
+            read_state(run.block(block.index))["origin"] != origin(plan, block.index)
+            or {name: value.shape for name, value in found.items()} != shapes
+        ):
+            raise CorruptData(
+                f"the checkpoint of block {block.index} comes from another block or run",
+                field="run",
+                value=run.uri,
+                mend="put back the block's own checkpoints, or train it again",
+            )
+        tensors |= {f"blocks.{block.index}.{name}": value.contiguous() for name, value in found.items()}
+    return _write(run, tensors, chosen)
+
+
+def _choose(config: RunConfig, weights: Weights | None) -> Weights:
+    averaged = config.ema.half_life > 0
+    if weights == "ema" and not averaged:
+        raise UserError(
+            "the run kept no averaged weights",
+            field="--weights",
+            value="ema",
+            mend="use --weights raw, or train with ema.half_life above 0",
+        )
+    return weights or ("ema" if averaged else "raw")
+
+
+def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights) -> Assembled:
+    config, plan = run.config, run.plan
+    data = safetensors.torch.save(tensors)
+    sha256 = hashlib.sha256(data).hexdigest()
+    parameters = sum(block.parameters for block in plan.blocks)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "weights": weights,
+        "sha256": sha256,
+        "config": config.model_dump(mode="json"),
+        "plan": plan.model_dump(mode="json"),
+    }
+    folder, storage = temporary_name("model"), run.storage
+    try:
+        storage.write_atomic(f"{folder}/model.safetensors", data)
+        storage.write_atomic(f"{folder}/README.md", _model_card(config, plan, weights, sha256).encode())
+        storage.write_atomic(f"{folder}/config.json", json.dumps(about, indent=2).encode())
+        storage.commit_folder(folder, "model")
+    except BaseException:
+        with contextlib.suppress(UserError):
+            storage.remove_tree(folder)
+        raise
+    return Assembled(
+        path=storage.sub("model").uri,
+        sha256=sha256,
+        weights=weights,
+        blocks=len(plan.blocks),
+        parameters=parameters,
+        bytes=len(data),
+    )
+
+
+def _model_card(config: RunConfig, plan: Plan, weights: Weights, sha256: str) -> str:
+    what = (
+        f"{len(plan.blocks)} independently trained denoising blocks, {config.model.depth} layers in all"
+        if plan.kind == "blocks"
+        else f"the end-to-end network, {config.model.depth} layers"
+    )
+    kept = "exponential moving average" if weights == "ema" else "last step"
+    return (
+        f"# {config.name}\n\n"
+        f"A {config.model.family} model trained by dbtrain: {what}.\n\n"
+        f"- weights: {kept} after {plan.steps} steps of {plan.batch_size} samples a block\n"
+        f"- seed: {config.seed}\n"
+        f"- SHA-256 of model.safetensors: `{sha256}`\n\n"
+        '```python\nimport dbtrain\n\nmodel = dbtrain.load("path/to/this/folder")\n'
+        'print(model.predict(["image.png"]))\n```\n'
+    )

@@ -1,0 +1,142 @@
+"""Classifying with an assembled model: the chain of blocks, or one forward pass of a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dbtrain.assembly.loading import AssembledModel
+from dbtrain.config import READOUTS
+from dbtrain.data.transforms import EvalTransform
+from dbtrain.diffusion.chain import ChainTrace, read_out, run_chain
+from dbtrain.errors import UserError
+from dbtrain.inference.images import ImageLike, as_list, to_tensor
+from dbtrain.plan import NoiseRange
+from dbtrain.randomness import derive_key, keyed_uniform
+
+PREDICT_BATCH = 256
+"""Images that `predict` sends through the network at a time."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image."""
+
+    label: str
+    """Name of the likeliest class."""
+    class_id: int
+    probability: float
+    """Its probability under the read-out."""
+    probabilities: tuple[float, ...]
+    """Of all classes, by class id."""
+
+
+class Classifier:
+    """An assembled image classifier. `predict` is the front door; `traces` and `logits` are what evaluation uses."""
+
+    def __init__(self, model: AssembledModel):
+        assert model.plan.data is not None
+        self.model = model
+        self.config = model.config
+        self.class_names = model.plan.data.class_names
+        self._transform = EvalTransform(model.plan.data.mean, model.plan.data.std)
+
+    def predict(self, images: Sequence[ImageLike] | ImageLike, *, readout: str | None = None) -> list[Prediction]:
+        """Classify one image or several: files, PIL images, uint8 arrays (H, W) or (H, W, C), uint8 tensors (C, H, W).
+
+        Images of another size are resized and cut to a square; grey and colour are converted to what the model was
+        trained on. The answer for an image does not depend on the others, nor on chance: starting noises come from
+        the run's seed.
+
+        Raises:
+            UserError: a file is missing or is no image, or `readout` is not a read-out of this model.
+        """
+        self._check_readout(readout)
+        model, answers, todo = self.config.model, [], as_list(images)
+        for first in range(0, len(todo), PREDICT_BATCH):
+            pixels = [
+                to_tensor(image, model.image_size, model.channels) for image in todo[first : first + PREDICT_BATCH]
+            ]
+            batch = self._transform(torch.stack(pixels).to(self.model.device))
+            probabilities = self.probabilities(batch, np.zeros(len(batch), np.int64), readout)
+            answers += [self._prediction(row) for row in probabilities.cpu()]
+        return answers
+
+    def probabilities(self, images: Tensor, positions: npt.NDArray[np.int64], readout: str | None = None) -> Tensor:
+        """Probabilities (N, classes) for normalised images (N, C, H, W); `positions` key the starting noises.
+
+        Raises:
+            UserError: `readout` is not a read-out of this model.
+        """
+        self._check_readout(readout)
+        if self.model.codebook is None:
+            return self.logits(images).softmax(dim=-1)
+        name = readout or self.config.chain.readout
+        noises = self.config.chain.start_noises if name.endswith("_mean") else 1
+        steps = 1 if name.startswith("first") else None
+        traces = [self.trace(images, positions, noise, stop_after=steps) for noise in range(noises)]
+        return read_out(traces, name)
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        """One forward pass of an end-to-end network: (N, classes)."""
+        logits: Tensor = self.model.modules[0](images)
+        return logits.float()
+
+    @torch.inference_mode()
+    def trace(
+        self,
+        images: Tensor,
+        positions: npt.NDArray[np.int64],
+        noise: int,
+        *,
+        stop_after: int | None = None,
+    ) -> ChainTrace:
+        """Walk the chain once, from starting noise number `noise`; only its first `stop_after` steps when given."""
+        config, codebook = self.config, self.model.codebook
+        assert codebook is not None
+        return run_chain(
+            lambda index, z, sigma: self.log_probs(images, index, z, sigma),
+            self.ranges,
+            codebook,
+            config.noise,
+            config.chain.steps or len(self.model.modules),
+            config.chain.bridge,
+            config.noise.sigma_max * self.start(positions, noise),
+            stop_after=stop_after,
+        )
+
+    @torch.inference_mode()
+    def log_probs(self, images: Tensor, index: int, z: Tensor, sigma: float) -> Tensor:
+        """What block `index` says of the labels at noise level sigma: (N, classes)."""
+        sigmas = torch.full((len(images),), sigma, device=images.device)
+        logits: Tensor = self.model.modules[index](images, z.float(), sigmas)
+        return logits.float().log_softmax(dim=-1)
+
+    def start(self, positions: npt.NDArray[np.int64], noise: int) -> Tensor:
+        """Standard normal noise (N, width), a function of (seed, noise number, position) alone."""
+        assert self.model.codebook is not None
+        key = derive_key(self.config.seed, "start", noise)
+        uniform = torch.from_numpy(keyed_uniform(key, positions, self.model.codebook.shape[1]))
+        normal: Tensor = torch.special.ndtri(uniform.clamp_(min=2.0**-54))
+        return normal.float().to(self.model.device)
+
+    @property
+    def ranges(self) -> list[NoiseRange]:
+        """The blocks' own noise ranges, highest first."""
+        return [block.noise for block in self.model.plan.blocks if block.noise is not None]
+
+    def _check_readout(self, name: str | None) -> None:
+        known = READOUTS if self.model.codebook is not None else ()
+        if name is not None and name not in known:
+            mend = f"use one of {', '.join(known)}" if known else "leave it out: an end-to-end network says one thing"
+            raise UserError("is not a read-out of this model", field="--readout", value=name, mend=mend)
+
+    def _prediction(self, row: Tensor) -> Prediction:
+        class_id = int(row.argmax())
+        return Prediction(self.class_names[class_id], class_id, float(row[class_id]), tuple(float(p) for p in row))
