@@ -1,0 +1,215 @@
+"""`dbtrain assemble`, `evaluate`, `predict`, `compare`, `figures`: from trained blocks to answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from dbtrain.cli.output import AsJson, RunPath, emit_json, err, human_bytes, print_table
+
+if TYPE_CHECKING:
+    from dbtrain.data.manifest import Split
+    from dbtrain.inference.evaluate import Evaluation
+    from dbtrain.run_directory import RunDirectory
+
+
+class WeightsChoice(StrEnum):
+    """Which of a block's weights."""
+
+    ema = "ema"
+    raw = "raw"
+
+
+class SplitChoice(StrEnum):
+    """Which rows."""
+
+    test = "test"
+    train = "train"
+
+
+Baseline = Annotated[
+    str | None,
+    typer.Option("--baseline", metavar="RUN", help="End-to-end run beside it.", show_default=False),
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DIR", help="Prepared shards, if they have moved.", show_default=False),
+]
+Device = Annotated[str, typer.Option("--device", help="Where inference runs, such as cpu or cuda.")]
+
+
+def assemble(
+    run: RunPath,
+    weights: Annotated[
+        WeightsChoice | None,
+        typer.Option("--weights", help="Averaged or last ones; averaged if kept.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stitch the trained blocks of a run into one model."""
+    from dbtrain.assembly.assemble import assemble as assemble_run
+    from dbtrain.run_directory import RunDirectory
+
+    made = assemble_run(RunDirectory.open(run), None if weights is None else weights.value)
+    if as_json:
+        emit_json(asdict(made))
+        return
+    typer.echo(
+        f"{made.path}: {made.blocks} blocks, {made.parameters:,} parameters, {human_bytes(made.bytes)}, "
+        f"{made.weights} weights\nsha256 {made.sha256}"
+    )
+
+
+def evaluate(
+    run: RunPath,
+    baseline: Baseline = None,
+    split: Annotated[SplitChoice, typer.Option("--split", help="Rows to evaluate on.")] = SplitChoice.test,
+    data: Data = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy of every read-out, of every step of the chain, and of every block alone."""
+    directory, beside = _open(run, baseline)
+    ours = _evaluation(directory, device, data, split.value, renew=True)
+    theirs = None if beside is None else _evaluation(beside, device, data, split.value, renew=True)
+    if as_json:
+        result: dict[str, Any] = {"run": run, **ours.as_json()}
+        if theirs is not None:
+            result["baseline"] = {"run": baseline, **theirs.as_json()}
+        emit_json(result)
+        return
+    rows = [
+        [name + (" (predict)" if name == ours.predict else ""), f"{100 * value:.2f}"]
+        for name, value in ours.readouts.items()
+    ]
+    if theirs is not None:
+        rows += [[f"baseline: {name}", f"{100 * value:.2f}"] for name, value in theirs.readouts.items()]
+    print_table(f"accuracy on {ours.rows} {ours.split} rows, %", ["read-out", "accuracy"], rows)
+    if ours.chain:
+        _print_points("along the chain, mean over starting noises", ours.chain)
+        _print_points("each block alone, from pure noise at the top of its range", ours.alone)
+
+
+def predict(
+    run: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or run directory.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
+    readout: Annotated[
+        str | None, typer.Option("--readout", help="Instead of chain.readout.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Classify image files."""
+    import dbtrain
+
+    answers = dbtrain.load(run, device).predict(list(images), readout=readout)
+    if as_json:
+        found = [{"image": str(path), **asdict(answer)} for path, answer in zip(images, answers, strict=True)]
+        emit_json({"predictions": found})
+        return
+    for path, answer in zip(images, answers, strict=True):
+        typer.echo(f"{path}\t{answer.label}\t{answer.probability:.3f}")
+
+
+def compare(
+    run: RunPath,
+    baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="Run of `dbtrain baseline`.", show_default=False)],
+    data: Data = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Quality, parameters, bytes a worker, layer-evaluations and time, side by side."""
+    from dbtrain.inference.compare import compare as compare_runs
+
+    ours, theirs = _open(run, baseline)
+    assert theirs is not None
+    result = compare_runs(ours, _evaluation(ours, device, data), theirs, _evaluation(theirs, device, data))
+    if as_json:
+        emit_json(result)
+        return
+    a, b = result["run"], result["baseline"]
+    rows = [
+        [title, show(a[key]), show(b[key])]
+        for title, key, show in (
+            ("accuracy as predicted, %", "accuracy", lambda v: f"{100 * v:.2f}"),
+            ("accuracy of the best read-out, %", "best", lambda v: f"{100 * v:.2f}"),
+            ("best read-out", "best_readout", str),
+            ("parameters, all blocks", "parameters", lambda v: f"{v:,}"),
+            ("bytes of the largest worker", "largest_worker_bytes", human_bytes),
+            ("layer-evaluations", "layer_evaluations", lambda v: f"{v:,}"),
+            ("wall time, s", "wall_seconds", lambda v: f"{v:.1f}"),
+            ("worker time, s", "worker_seconds", lambda v: f"{v:.1f}"),
+        )
+    ]
+    heads = [_what(directory) for directory in (ours, theirs)]
+    print_table(f"{ours.config.name} beside {theirs.config.name}", ["", *heads], rows)
+
+
+def figures(run: RunPath, baseline: Baseline = None, data: Data = None, as_json: AsJson = False) -> None:
+    """Draw loss per block and accuracy along the chain, as PNG files in the run's `figures` folder."""
+    from dbtrain.monitoring.figures import draw_figures
+
+    directory, beside = _open(run, baseline)
+    theirs = None if beside is None else _evaluation(beside, "cpu", data)
+    drawn = draw_figures(directory, _evaluation(directory, "cpu", data), theirs)
+    if as_json:
+        emit_json(drawn)
+        return
+    for path in drawn.values():
+        typer.echo(path)
+
+
+def _what(run: RunDirectory) -> str:
+    return "end to end" if run.plan.kind == "end_to_end" else f"{len(run.plan.blocks)} blocks"
+
+
+def _open(run: str, baseline: str | None) -> tuple[RunDirectory, RunDirectory | None]:
+    """Both run directories, known to go together."""
+    from dbtrain.inference.compare import check_baseline
+    from dbtrain.run_directory import RunDirectory
+
+    directory = RunDirectory.open(run)
+    if baseline is None:
+        return directory, None
+    beside = RunDirectory.open(baseline)
+    check_baseline(directory, beside)
+    return directory, beside
+
+
+def _evaluation(
+    run: RunDirectory, device: str, data: str | None, split: Split = "test", *, renew: bool = False
+) -> Evaluation:
+    """The run's evaluation, with a progress bar on a terminal if it takes work."""
+    from dbtrain.inference.runs import evaluation_of
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("evaluating", total=None)
+        return evaluation_of(
+            run,
+            device=device,
+            split=split,
+            data=data,
+            renew=renew,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _print_points(title: str, points: tuple[dict[str, float], ...]) -> None:
+    print_table(
+        title,
+        ["block", "noise level", "accuracy, %", "cross-entropy, nats"],
+        [
+            [
+                str(int(point["block"])),
+                f"{point['sigma']:.4g}",
+                f"{100 * point['accuracy']:.2f}",
+                f"{point['cross_entropy']:.3f}",
+            ]
+            for point in points
+        ],
+    )

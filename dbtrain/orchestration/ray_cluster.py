@@ -1,0 +1,156 @@
+"""Getting a Ray cluster: a private one on this machine, or one that is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read by Ray when it is imported. Workers shall run in the driver's own environment, also under `uv run`; and
+# that a worker died is told by the coordinator, not by a line on standard output.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed while executing")
+
+import ray
+
+from dbtrain.errors import UserError
+from dbtrain.orchestration.placement import Node
+
+__all__ = ["Cluster", "connect", "ray"]  # ray as well, imported after the lines above
+
+_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of size goes through it; Ray's least is 75 MiB
+_CONNECT_TIMEOUT = 5.0  # seconds
+_TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connection to a cluster."""
+
+    owned: bool
+    """The cluster was started for this connection and ends with it."""
+    connected: bool
+    """This connection is ours to close."""
+    log_folder: str | None
+    """Where the workers' logs are on this machine, for a cluster of ours."""
+
+    def nodes(self) -> list[Node]:
+        """Total resources of each node that is alive."""
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return [node["Resources"] for node in nodes if node["Alive"]]
+
+    def close(self) -> None:
+        """Leave the cluster; one of ours ends."""
+        if self.connected:
+            ray.shutdown()
+
+
+def connect(address: str | None = None) -> Cluster:
+    """Join the cluster at `address` (or at RAY_ADDRESS, which Ray sets in its jobs), or start a private one
+    here.
+
+    In a process that is connected already, that connection is used and left open.
+
+    Raises:
+        UserError: there is no cluster at the address, or it does not let us in.
+    """
+    if ray.is_initialized():
+        return Cluster(owned=False, connected=False, log_folder=None)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None or address == "local":
+        with _private_token(), _sigterm_handler_kept():
+            context: Any = ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        log_folder = str(Path(context.address_info["session_dir"]) / "logs")
+        return Cluster(owned=True, connected=True, log_folder=log_folder)
+    if "://" in address:
+        raise UserError(
+            "Ray Client addresses are not supported: a driver has to be on a node of the cluster",
+            field="--address",
+            value=address,
+            mend="give host:port of the head's GCS, e.g. 10.0.0.1:6379, or auto",
+        )
+    _check_listening(address)
+    try:
+        with _sigterm_handler_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"cannot join a Ray cluster there: {' '.join(str(error).split())}",
+            field="--address",
+            value=address,
+            mend="if the cluster wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+        ) from error
+    return Cluster(owned=False, connected=True, log_folder=None)
+
+
+def _check_listening(address: str) -> None:
+    """Ray itself tries an address where nobody listens for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return  # "auto", or something that Ray refuses at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"nobody answers there: {error}",
+            field="--address",
+            value=address,
+            mend="give host:port of the head's GCS, as printed by `ray start --head`",
+        ) from None
+
+
+@contextlib.contextmanager
+def _private_token() -> Iterator[None]:
+    """Unless the user has set up authentication, give the cluster's processes a token of their own.
+
+    Ray would write one to ~/.ray/auth_token, which fails where HOME is read-only, and two runs that start at
+    once could overwrite each other's.
+    """
+    if any(name in os.environ for name in _TOKEN_VARIABLES):
+        yield
+        return
+    os.environ["RAY_AUTH_TOKEN"] = _token()
+    # Ray turns authentication on by itself (RAY_AUTH_MODE would be read too late here) and warns of it.
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name in _TOKEN_VARIABLES:
+            os.environ.pop(name, None)
+
+
+@functools.cache
+def _token() -> str:
+    """One token a process, because Ray remembers the first one it has read."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """`ray.init` puts in a SIGTERM handler that exits; whoever was there first comes back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

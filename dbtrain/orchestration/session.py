@@ -1,0 +1,116 @@
+"""One attempt at one block inside a worker, on any backend: opens the run, trains, says how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from dbtrain.orchestration.backend import reason_of, traceback_of
+from dbtrain.orchestration.events import (
+    WorkerError,
+    WorkerEvent,
+    WorkerFinished,
+    WorkerProgress,
+    WorkerStopped,
+)
+from dbtrain.run_directory import RunDirectory
+from dbtrain.training.trainer import BlockTrainer, Progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended."""
+
+    kind: Literal["finished", "stopped", "error"]
+    step: int
+    """Finished steps; -1 when the block could not be built."""
+    reason: str = ""
+    traceback: str = ""
+
+
+class BlockSession:
+    """Trains block `block` of the run at `run_uri` as attempt number `attempt`.
+
+    `advance` belongs to one thread; `request_stop` and `progress` may be called from others.
+    """
+
+    def __init__(self, run_uri: str, block: int, attempt: int):
+        self._run_uri = run_uri
+        self._block = block
+        self._attempt = attempt
+        self._trainer: BlockTrainer | None = None
+        self._reports: Iterator[Progress] | None = None
+        self._latest: Progress | None = None
+        self._stop = False
+        self._threads = 1
+
+    def request_stop(self) -> None:
+        """Finish the step in hand, save, and leave; also before there is anything to stop."""
+        self._stop = True
+        trainer = self._trainer
+        if trainer is not None:
+            trainer.request_stop()
+
+    def progress(self) -> Progress | None:
+        """The newest report, with the step of this moment; None before the block is built."""
+        trainer, latest = self._trainer, self._latest
+        return None if trainer is None or latest is None else replace(latest, step=trainer.step)
+
+    def advance(self) -> Progress | Outcome:
+        """Train up to the next report. An Outcome is the last; what the trainer raises becomes one."""
+        try:
+            return self._advance()
+        except Exception as error:
+            # The border of the worker: a bug or a user's mistake is told to the driver, which decides what
+            # follows.
+            outcome = Outcome("error", self._step(), reason_of(error), traceback_of(error))
+            self.close()
+            return outcome
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end, and drop the block."""
+        trainer, self._trainer, self._reports = self._trainer, None, None
+        if trainer is not None:
+            # What fails here has failed the attempt before, or belongs to an attempt that is given up.
+            with contextlib.suppress(Exception):
+                trainer.close()
+
+    def _advance(self) -> Progress | Outcome:
+        if self._reports is None:
+            run = RunDirectory.open(self._run_uri)
+            self._threads = run.plan.threads
+            torch.set_num_threads(self._threads)
+            self._trainer = BlockTrainer(run, self._block, self._attempt)
+            if self._stop:
+                self._trainer.request_stop()
+            self._reports = self._trainer.train()
+        # Again each time: in the driver's own process others may have changed it since.
+        torch.set_num_threads(self._threads)
+        report = next(self._reports, None)
+        if report is not None:
+            self._latest = report
+            return report
+        assert self._latest is not None, "the trainer reports at least once"
+        self.close()
+        return Outcome("finished" if self._latest.done else "stopped", self._latest.step)
+
+    def _step(self) -> int:
+        return -1 if self._trainer is None else self._trainer.step
+
+
+def event_of(report: Progress | Outcome, time: float, block: int, attempt: int) -> WorkerEvent:
+    """What the coordinator hears of a report."""
+    if isinstance(report, Progress):
+        rate, saved = report.samples_per_second, report.checkpoint_step
+        return WorkerProgress(time, block, attempt, report.step, report.loss, rate, saved)
+    match report.kind:
+        case "finished":
+            return WorkerFinished(time, block, attempt, report.step)
+        case "stopped":
+            return WorkerStopped(time, block, attempt, report.step)
+        case "error":
+            return WorkerError(time, block, attempt, report.reason, report.step, report.traceback)
