@@ -1,0 +1,62 @@
+"""What the tests of all packages share: a small run on real digits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# One thread a process, as in the runs: two cores carry several workers, and float sums depend on it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from dbtrain.config import RunConfig
+from dbtrain.config_file import parse_config
+from dbtrain.data.prepare import prepare
+
+SmallConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the prepared digits, shared by all tests; nobody writes there."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    prepare("digits", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_config(digits: Path) -> SmallConfig:
+    """A factory of small runs on digits; keyword arguments replace fields of a section."""
+
+    def make(**sections: object) -> RunConfig:
+        raw: dict[str, object] = {
+            "name": "small",
+            "seed": 7,
+            "model": {
+                "family": "vit",
+                "image_size": 8,
+                "channels": 1,
+                "num_classes": 10,
+                "patch_size": 4,
+                "depth": 4,
+                "width": 16,
+                "heads": 2,
+                "mlp_width": 32,
+                "dropout": 0.1,
+            },
+            "data": {"source": "digits", "path": str(digits), "augment": {"crop_padding": 1}},
+            "blocks": {"count": 3},
+            "training": {"steps": 60, "batch_size": 16},
+            "ema": {"half_life": 200},
+            "checkpoints": {"every": 20},
+            "logging": {"every": 10},
+            "resources": {"cpus": 0.25, "threads": 1},
+        }
+        for name, value in sections.items():
+            old = raw.get(name)
+            raw[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        return parse_config(raw)
+
+    return make

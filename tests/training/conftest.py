@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from checkpoint_states import Opener
+from pyarrow import fs
+
+from dbtrain.run_directory import BlockDirectory
+from dbtrain.storage import ArrowStorage, Storage
+from dbtrain.training.checkpoint import CheckpointStore
+
+
+@pytest.fixture
+def block(tmp_path: Path) -> BlockDirectory:
+    return BlockDirectory(Storage.open(tmp_path / "blocks" / "00"), 0)
+
+
+@pytest.fixture(params=["fsspec", "mock"])
+def remote(request: pytest.FixtureRequest) -> BlockDirectory:
+    if request.param == "mock":
+        return BlockDirectory(Storage.open("mock:///run/blocks/00"), 0)
+    filesystem = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory")))
+    root = f"/{uuid.uuid4().hex}"
+    return BlockDirectory(ArrowStorage(filesystem, root, f"memory://{root}"), 0)
+
+
+@pytest.fixture
+def open_store() -> Iterator[Opener]:
+    """Opens stores, and ends their threads."""
+    opened: list[CheckpointStore] = []
+
+    def open_one(block: BlockDirectory, attempt: int = 1, keep: int = 2) -> CheckpointStore:
+        opened.append(CheckpointStore(block, attempt, keep))
+        return opened[-1]
+
+    yield open_one
+    for store in opened:
+        store.close()
