@@ -20,8 +20,9 @@ import torch
 
 from dbtrain.config import AugmentConfig, RandAugmentConfig, RunConfig
 from dbtrain.config_file import parse_config
+from dbtrain.data.columns import ImageShape
 from dbtrain.data.loader import BatchLoader
-from dbtrain.data.manifest import ImageShape, Manifest, ShardFile, SplitFiles
+from dbtrain.data.manifest import Manifest, ShardFile, SplitFiles
 from dbtrain.data.order import SampleOrder
 from dbtrain.data.shard_writer import SplitWriter, write_shard
 from dbtrain.data.shards import ShardSet
@@ -72,7 +73,8 @@ def write_manifest(folder: Path, files: SplitFiles) -> None:
     """A manifest in which the test split is the training split."""
     manifest = Manifest(
         source="benchmark",
-        image=CIFAR,
+        kind="image",
+        columns=CIFAR.columns(),
         class_names=tuple(str(label) for label in range(100)),
         splits={"train": files, "test": files},
         mean=MEAN,
@@ -85,9 +87,9 @@ def make_cifar(folder: Path, rows: int) -> None:
     """Noise of CIFAR's shape and size."""
     folder.mkdir()
     generator = np.random.default_rng(0)
-    writer = SplitWriter(folder, "train", CIFAR, 256_000_000, cold=False)
+    writer = SplitWriter(folder, "train", CIFAR.columns(), 256_000_000, cold=False)
     pixels = generator.integers(0, 256, (rows, 3, 32, 32), dtype=np.uint8)
-    writer.append(pixels, generator.integers(0, 100, rows))
+    writer.append({"image": pixels, "label": generator.integers(0, 100, rows)})
     files = writer.finish()
     assert files is not None
     write_manifest(folder, files)
@@ -97,12 +99,12 @@ def make_large(folder: Path, total_bytes: int) -> None:
     """Shards of about 256 MB, full of holes, until they claim `total_bytes`."""
     folder.mkdir()
     rows = 256_000_000 // (CIFAR.bytes + 8) // 64 * 64
-    pixels, labels = np.zeros((rows, CIFAR.bytes), dtype=np.uint8), np.zeros(rows, dtype=np.int64)
+    empty = {column.name: np.zeros((rows, *column.shape), dtype=column.numpy) for column in CIFAR.columns()}
     shards: list[ShardFile] = []
     while sum(shard.bytes for shard in shards) < total_bytes:
         name = f"train-{len(shards):05d}.arrow"
         file = SparseFile(folder / name)
-        write_shard(file, CIFAR, pixels, labels)
+        write_shard(file, CIFAR.columns(), empty)
         file.close()
         shards.append(ShardFile(file=name, rows=rows, bytes=file.bytes, sha256="0" * 64))
     write_manifest(folder, SplitFiles(rows=rows * len(shards), shards=tuple(shards)))

@@ -17,14 +17,14 @@ from dbtrain.errors import CorruptData, UserError
 if TYPE_CHECKING:
     import torch
 
-    from dbtrain.inference.classify import Classifier
+    from dbtrain.inference.front_door import FrontDoor
 
 __version__ = _version("dbtrain")
 __all__ = ["CorruptData", "UserError", "__version__", "load"]
 
 
-def load(path: str, device: str | torch.device = "cpu") -> Classifier:
-    """The model in a run directory or model folder, ready to `predict`.
+def load(path: str, device: str | torch.device = "cpu") -> FrontDoor:
+    """The model in a run directory or model folder, ready to `predict`, `sample`, `generate` or `infill`.
 
     Args:
         path: a local path or any pyarrow filesystem URI (s3://..., gs://...).
@@ -36,6 +36,6 @@ def load(path: str, device: str | torch.device = "cpu") -> Classifier:
     """
     # PyTorch takes seconds to import; programs that only look at the version or the errors do not pay for it.
     from dbtrain.assembly.loading import load_model
-    from dbtrain.inference.classify import Classifier
+    from dbtrain.inference.front_door import open_model
 
-    return Classifier(load_model(str(path), device))
+    return open_model(load_model(str(path), device))

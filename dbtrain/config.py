@@ -12,53 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-BUILT_IN_SOURCES = ("digits",)
+from dbtrain.model_config import ModelConfig, Section, config_class
+
+BUILT_IN_SOURCES = ("digits", "topics")
 READOUTS = ("first", "last", "product", "first_mean", "last_mean", "product_mean")
 """What can be read off the chain; `dbtrain.diffusion.chain.read_out` computes them."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, strict about keys, with no silent conversions of floats to integers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class ViTConfig(Section):
-    """Vision transformer for classification (Dosovitskiy et al. 2021), pre-norm, conditioned by AdaLN-zero."""
-
-    family: Literal["vit"] = "vit"
-    """Which of `dbtrain.models` builds the network."""
-    image_size: int = Field(ge=1)
-    """Height and width of the square input images, pixels."""
-    channels: int = Field(3, ge=1)
-    """Colour channels of the images."""
-    num_classes: int = Field(ge=2)
-    """Number of labels; class ids run from 0 to num_classes - 1."""
-    patch_size: int = Field(ge=1)
-    """Side of a square patch, pixels; has to divide image_size."""
-    depth: int = Field(ge=1)
-    """Number of transformer layers of the whole network; the blocks share them out."""
-    width: int = Field(ge=1)
-    """Size of a token vector; also the dimension of the codebook."""
-    heads: int = Field(ge=1)
-    """Attention heads; has to divide width."""
-    mlp_width: int = Field(ge=1)
-    """Hidden size of a layer's MLP. Explicit, because the usual factor of 4 is not what every paper used."""
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Probability of dropping a unit after attention, inside the MLP and after it."""
-
-    @model_validator(mode="after")
-    def _divides(self) -> ViTConfig:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
-        return self
-
-
-ModelConfig = ViTConfig
 
 
 class RandAugmentConfig(Section):
@@ -85,7 +46,8 @@ class DataConfig(Section):
     """Where the samples come from."""
 
     source: str = "digits"
-    """`digits` (comes with scikit-learn, prepared on first use), or a name for shards made by `dbtrain prepare`."""
+    """`digits` (comes with scikit-learn) or `topics` (text of the standard library), prepared on first use; or a name
+    for shards made by `dbtrain prepare`."""
     path: str | None = None
     """Folder of the prepared shards; `data/<source>` below the working directory when not given."""
     augment: AugmentConfig = AugmentConfig()
@@ -161,7 +123,11 @@ class ChainConfig(Section):
     """Inference: the walk from noise to signal through the blocks."""
 
     steps: int | None = Field(None, ge=1)
-    """Denoising steps; one a block when not given."""
+    """Denoising steps of one walk; one a block when not given."""
+    solver: Literal["euler", "heun"] = "heun"
+    """How images are sampled: Euler steps, or Heun's, which ask the network twice a step (Karras et al. 2022)."""
+    guidance: float = Field(1.0, ge=0.0)
+    """Classifier-free guidance of images, D = D_none + guidance * (D_label - D_none); 1 turns it off."""
     bridge: Literal["softmax", "argmax"] = "softmax"
     """What stands for the clean target between steps: the mean of the codebook under p(y), or its likeliest row."""
     start_noises: int = Field(8, ge=1)
@@ -225,6 +191,9 @@ class TrainingConfig(Section):
     """Arithmetic of the forward pass; bfloat16 through autocast, weights stay float32."""
     compile: bool = False
     """Compile the block with torch.compile."""
+    recompute: bool = False
+    """Activation checkpointing: keep each layer's input alone and run the layer again on the way back (Chen et al.
+    2016). Less memory for a third more arithmetic."""
 
     @model_validator(mode="after")
     def _parts(self) -> TrainingConfig:
@@ -282,7 +251,7 @@ class RunConfig(Section):
     """Name of the run in logs and figures."""
     seed: int = Field(0, ge=0, lt=2**63)
     """The seed of everything random."""
-    model: ModelConfig
+    model: SerializeAsAny[ModelConfig]
     """The network."""
     data: DataConfig = DataConfig()
     """The samples."""
@@ -291,7 +260,7 @@ class RunConfig(Section):
     noise: NoiseConfig = NoiseConfig()
     """The noise levels."""
     codebook: CodebookConfig = CodebookConfig()
-    """The targets of the labels."""
+    """The targets of labels and tokens."""
     chain: ChainConfig = ChainConfig()
     """Inference."""
     optimiser: OptimiserConfig = OptimiserConfig()
@@ -309,15 +278,49 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     """What a worker tells."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, raw: Any) -> Any:
+        """Put what fits the family where the user has said nothing."""
+        model = raw.get("model") if isinstance(raw, dict) else None
+        if isinstance(model, ModelConfig):
+            chosen: type[ModelConfig] = type(model)
+        elif isinstance(model, dict):
+            try:
+                chosen = config_class(model.get("family", "vit"))
+            except ValueError:
+                return raw  # the field's own validator says it
+        else:
+            return raw
+        filled = {
+            name: {**values, **raw.get(name, {})}
+            for name, values in chosen.defaults.items()
+            if isinstance(raw.get(name, {}), dict)
+        }
+        return {**raw, **filled}
+
+    @field_validator("model", mode="wrap")
+    @classmethod
+    def _of_the_family(cls, raw: Any, handler: Any) -> ModelConfig:
+        if not isinstance(raw, dict):
+            if isinstance(raw, ModelConfig):
+                return raw
+            validated: ModelConfig = handler(raw)
+            return validated
+        family = raw.get("family", "vit")
+        try:
+            chosen = config_class(family)
+        except ValueError as error:
+            problem = InitErrorDetails(
+                type=PydanticCustomError("family", "{why}", {"why": str(error)}), loc=("family",), input=family
+            )
+            raise ValidationError.from_exception_data("model", [problem]) from None
+        return chosen.model_validate(raw)
+
     @model_validator(mode="after")
     def _cut_fits(self) -> RunConfig:
-        count, split, bounds = self.blocks.count, self.blocks.split, self.blocks.partition.boundaries
-        if count > self.model.depth:
-            raise ValueError(f"blocks.count {count} is more than the {self.model.depth} layers of model.depth")
-        if split is not None and (len(split) != count or sum(split) != self.model.depth):
-            raise ValueError(
-                f"blocks.split {list(split)} has to name {count} blocks whose layers add up to {self.model.depth}"
-            )
+        count, bounds = self.blocks.count, self.blocks.partition.boundaries
+        self.model.check_run(self)
         if bounds is not None:
             if len(bounds) != count + 1:
                 raise ValueError(
@@ -328,8 +331,6 @@ class RunConfig(Section):
                     f"blocks.partition.boundaries {list(bounds)} have to run from "
                     f"noise.sigma_max {self.noise.sigma_max} to noise.sigma_min {self.noise.sigma_min}"
                 )
-        if self.chain.steps is not None and self.chain.steps < count:
-            raise ValueError(f"chain.steps {self.chain.steps} would skip some of the {count} blocks")
         if self.schedule.warmup_steps > self.training.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than training.steps {self.training.steps}"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
+from dbtrain.model_config import ModelConfig, config_class
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -47,7 +48,7 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, raw) from None
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -81,7 +82,7 @@ def _apply_override(raw: dict[str, Any], text: str) -> None:
         raise UserError("the value is not YAML", field="--set", value=text) from None
 
 
-def _explain(error: ValidationError) -> UserError:
+def _explain(error: ValidationError, raw: Mapping[str, Any]) -> UserError:
     """The first mistake of a pydantic error as one sentence; an unknown key gets the nearest known one."""
     mistakes = error.errors(include_url=False)
     # A misspelt required key is both unknown and missing; only the former says what to do.
@@ -90,7 +91,7 @@ def _explain(error: ValidationError) -> UserError:
     path = [" ".join(str(part).split()) for part in first["loc"]]
     field = ".".join(path) or None
     if first["type"] in unknown:
-        known = _known_keys(path[:-1])
+        known = _known_keys(path[:-1], raw)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         mend = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
         return UserError("is not a known key", field=field, mend=mend)
@@ -98,17 +99,29 @@ def _explain(error: ValidationError) -> UserError:
         return UserError("is required and was not given", field=field, mend=f"add {field} to the configuration")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("model_type", "model_attributes_type"):
-        message = f"has to be a section with keys such as {', '.join(_known_keys(path)[:3])}"
+        message = f"has to be a section with keys such as {', '.join(_known_keys(path, raw)[:3])}"
     value = None if isinstance(first["input"], Mapping) else first["input"]
     return UserError(message[:1].lower() + message[1:], field=field, value=value)
 
 
-def _known_keys(path: Sequence[str]) -> list[str]:
+def _known_keys(path: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
     section: type[BaseModel] = RunConfig
     for name in path:
         if name not in section.model_fields:
             return []
+        if section is RunConfig and name == "model":
+            section = _model_section(raw)
+            continue
         annotation = section.model_fields[name].annotation
         options = [annotation, *get_args(annotation)]
         section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(section.model_fields)
+
+
+def _model_section(raw: Mapping[str, Any]) -> type[BaseModel]:
+    """The class of the section `model`, which depends on the family; what all have in common where it is unknown."""
+    model = raw.get("model")
+    try:
+        return config_class(model.get("family", "vit") if isinstance(model, Mapping) else "vit")
+    except ValueError:
+        return ModelConfig

@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dbtrain.model_config import DataKind
+
 Kind = Literal["blocks", "end_to_end"]
 
 
@@ -19,7 +21,7 @@ class _Record(BaseModel):
 
 
 class NoiseRange(_Record):
-    """An interval of noise levels sigma, low < high."""
+    """An interval of noise levels, low < high: of sigma, or of the mask level t in [0, 1] where tokens are masked."""
 
     low: float
     high: float
@@ -57,6 +59,8 @@ class BlockPlan(_Record):
     parameters: int
     """Number of trained scalars."""
     bytes: Bytes
+    evaluations: float
+    """Layers evaluated for one sample in a training step; the mean, where chance decides."""
     flops_per_sample: int
     """Floating-point operations of one sample's forward and backward pass (matrix products, 2 a multiply-add)."""
 
@@ -71,13 +75,24 @@ class DatasetFacts(_Record):
 
     sha256: str
     """Digest of the manifest's content: two folders with the same digest hold the same rows in the same order."""
+    kind: DataKind
+    """What a row is."""
+    shape: tuple[int, ...]
+    """Of an image or latent, (channels, height, width); of a window of text, (tokens,)."""
     train_rows: int
     test_rows: int
     class_names: tuple[str, ...]
+    """Names of the labels; none for text and for latents without labels."""
     mean: tuple[float, ...]
-    """Mean of each channel over the training rows, of pixels in [0, 1]."""
+    """Mean of each channel over the training rows: of pixels in [0, 1], of latents as they are; none for text."""
     std: tuple[float, ...]
     """Their standard deviation."""
+    vocab_size: int | None
+    """Number of token ids, for text."""
+    separator: int | None
+    """Id of the token that ends a document and begins a text, for text."""
+    tokenizer_sha256: str | None
+    """Digest of the tokenizer's file, for text."""
 
 
 class Plan(_Record):
@@ -102,7 +117,12 @@ class Plan(_Record):
     @property
     def layer_evaluations(self) -> int:
         """Layers evaluated in training, summed over blocks, steps and samples: the unit of fair comparisons."""
-        return self.steps * self.batch_size * sum(block.num_layers for block in self.blocks)
+        return round(self.steps * self.batch_size * sum(block.evaluations for block in self.blocks))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the whole training."""
+        return self.steps * self.batch_size * sum(block.flops_per_sample for block in self.blocks)
 
 
 def split_layers(depth: int, count: int, split: Sequence[int] | None = None) -> list[tuple[int, int]]:

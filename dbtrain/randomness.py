@@ -62,3 +62,10 @@ def keyed_uniform(key: int, positions: npt.NDArray[np.int64], lanes: int) -> npt
         counters = rows[:, None] + np.arange(lanes, dtype=np.uint64)[None, :] * _GOLDEN
     bits: npt.NDArray[np.float64] = (mix64(counters) >> np.uint64(11)).astype(np.float64)
     return bits * (1.0 / (1 << 53))
+
+
+def keyed_normal(key: int, positions: npt.NDArray[np.int64], lanes: int) -> torch.Tensor:
+    """Standard normal numbers, float32 (len(positions), lanes) on the CPU, from those of `keyed_uniform`."""
+    uniform = torch.from_numpy(keyed_uniform(key, positions, lanes))
+    normal: torch.Tensor = torch.special.ndtri(uniform.clamp_(min=2.0**-54))
+    return normal.float()

@@ -1,7 +1,7 @@
 """The run directory: the one place where the truth about a run stands.
 
 ```
-config.yaml  plan.json  events.jsonl
+config.yaml  plan.json  events.jsonl  (tokenizer.json, for text)
 blocks/00/attempt.json  blocks/00/metrics.jsonl  blocks/00/checkpoints/step-00000500/...
 model/
 ```
@@ -31,6 +31,7 @@ PLAN = "plan.json"
 EVENTS = "events.jsonl"
 ATTEMPT = "attempt.json"
 METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer.json"
 
 _log = logging.getLogger(__name__)
 
@@ -122,6 +123,9 @@ class RunDirectory:
         check_vacant(storage)
         # The plan comes last: a directory without one is not a run yet, and a start that died is repeated.
         storage.write_atomic(CONFIG, config.to_yaml().encode())
+        tokenizer = config.data.shards / TOKENIZER  # kept with the run, which may outlive its data
+        if tokenizer.is_file():
+            storage.write_atomic(TOKENIZER, tokenizer.read_bytes())
         storage.write_atomic(PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
         return cls(storage, config, plan)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_families import is_text, raw_config
 
 # One thread a process, as in the runs: two cores carry several workers, and float sums depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +18,7 @@ from dbtrain.config_file import parse_config
 from dbtrain.data.prepare import prepare
 
 SmallConfig = Callable[..., RunConfig]
+FamilyConfig = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +27,24 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "digits"
     prepare("digits", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of prepared text in windows of 32 bytes, shared by all tests; nobody writes there."""
+    folder = tmp_path_factory.mktemp("data") / "topics"
+    prepare("topics", folder, length=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_config(digits: Path, topics: Path) -> FamilyConfig:
+    """A factory of small runs of any family; keyword arguments extend sections."""
+
+    def make(family: str, **sections: dict[str, Any]) -> RunConfig:
+        return parse_config(raw_config(family, topics if is_text(family) else digits, **sections))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_an_unknown_key_suggests_the_nearest(file: Path, override: str, expected
         ("name=123", ["name", "123", "valid string"]),
         ("training=3", ["training", "3", "section", "steps"]),
         ("data.augment.randaugment=5", ["data.augment.randaugment", "5", "section", "operations"]),
-        ("model.family=dit", ["model.family", "'dit'", "'vit'"]),
+        ("model.family=gan", ["model.family", "'gan'", "vit", "dit", "causal_lm"]),
         ("blocks.split=[2,2,a]", ["blocks.split.2", "'a'", "integer"]),
         # wrong range
         ("model.depth=-1", ["model.depth", "-1", "greater than or equal to 1"]),
@@ -143,7 +143,7 @@ def test_a_misspelt_required_key_is_not_reported_as_missing(tmp_path: Path) -> N
 
 
 def test_a_missing_field_says_what_to_add(file: Path) -> None:
-    assert message(file, "model={}").startswith("model.image_size: is required and was not given (add model.")
+    assert message(file, "model={}").startswith("model.depth: is required and was not given (add model.")
 
 
 @pytest.mark.parametrize("text", ["foo", "=3", "a..b=3", ".a=3", "a.=3", ".=3", ""])

@@ -41,6 +41,18 @@ def cluster() -> Iterator[None]:
     connection.close()
 
 
+@pytest.fixture(params=["dit", "causal_lm", "recurrent_lm", "masked_lm"], scope="module")
+def other(request: pytest.FixtureRequest, family_config: Callable[..., RunConfig]) -> RunConfig:
+    """A run of each of the other families, long enough to be disturbed."""
+    return family_config(request.param, training={"steps": STEPS}, checkpoints={"every": 40})
+
+
+@pytest.fixture(scope="module")
+def other_expected(other: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the plain case."""
+    return _digest(train_run(other, tmp_path_factory.mktemp("inline") / "run", backend="inline"))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
@@ -121,3 +133,18 @@ def test_stopped_and_started_again(
     assert first.stopped
     assert not first.ok
     assert _digest(train_run(config, run, backend=backend)) == expected
+
+
+def test_every_family_on_ray(other: RunConfig, other_expected: str, run: Path, cluster: None) -> None:
+    assert _digest(train_run(other, run, backend="ray")) == other_expected
+
+
+@pytest.mark.slow
+def test_every_family_with_a_worker_killed_twice(
+    other: RunConfig, other_expected: str, run: Path, cluster: None
+) -> None:
+    killer = Killer(block=1, steps=(20, 60))
+    result = train_run(other, run, backend="ray", watch=killer)
+    assert len(killer.killed) == 2
+    assert [block.restarts for block in result.blocks] == [0, 2, 0]
+    assert _digest(result) == other_expected

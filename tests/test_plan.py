@@ -19,13 +19,24 @@ def block(index: int, layers: tuple[int, int], noise: NoiseRange | None) -> Bloc
         trained=noise,
         parameters=100,
         bytes=cost,
+        evaluations=layers[1] - layers[0],
         flops_per_sample=10**12,
     )
 
 
 def plan(*blocks: BlockPlan) -> Plan:
     facts = DatasetFacts(
-        sha256="ab", train_rows=7, test_rows=3, class_names=("cat", "Katze, große"), mean=(0.1,), std=(1 / 3,)
+        sha256="ab",
+        kind="image",
+        shape=(1, 8, 8),
+        train_rows=7,
+        test_rows=3,
+        class_names=("cat", "Katze, große"),
+        mean=(0.1,),
+        std=(1 / 3,),
+        vocab_size=None,
+        separator=None,
+        tokenizer_sha256=None,
     )
     return Plan(
         kind="blocks",

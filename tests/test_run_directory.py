@@ -38,7 +38,19 @@ def make_plan(config: RunConfig, kind: Kind = "blocks", data: str = "a" * 64) ->
         steps=config.training.steps,
         batch_size=config.training.batch_size,
         threads=1,
-        data=DatasetFacts(sha256=data, train_rows=8, test_rows=4, class_names=("a", "b"), mean=(0.5,), std=(0.5,)),
+        data=DatasetFacts(
+            sha256=data,
+            kind="image",
+            shape=(1, 8, 8),
+            train_rows=8,
+            test_rows=4,
+            class_names=("a", "b"),
+            mean=(0.5,),
+            std=(0.5,),
+            vocab_size=None,
+            separator=None,
+            tokenizer_sha256=None,
+        ),
         blocks=tuple(
             BlockPlan(
                 index=index,
@@ -47,6 +59,7 @@ def make_plan(config: RunConfig, kind: Kind = "blocks", data: str = "a" * 64) ->
                 trained=noise,
                 parameters=1,
                 bytes=cost,
+                evaluations=1,
                 flops_per_sample=1,
             )
             for index in range(2)

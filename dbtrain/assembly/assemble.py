@@ -2,6 +2,7 @@
 
     run/model/config.json        configuration, plan, which weights, what the images have to look like
     run/model/model.safetensors  blocks.<index>.<parameter>, and the codebook
+    run/model/tokenizer.json     for models of text
     run/model/README.md          what it is and where it came from
 
 Everything a block was trained against is checked here, because nothing checked it during training: blocks never met.
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import CorruptData, UserError
-from dbtrain.models import family_of
+from dbtrain.models import Task, family_of
 from dbtrain.plan import Plan
-from dbtrain.run_directory import RunDirectory
+from dbtrain.run_directory import TOKENIZER, RunDirectory
 from dbtrain.storage import temporary_name
 from dbtrain.training.checkpoint import read_state, read_weights
 from dbtrain.training.planner import build_on_meta, check_plan, origin
@@ -30,6 +31,14 @@ from dbtrain.training.planner import build_on_meta, check_plan, origin
 Weights = Literal["ema", "raw"]
 FORMAT = 1
 """Version of the model folder's layout."""
+
+
+_USE: dict[Task, str] = {
+    "classify": 'print(model.predict(["image.png"]))',
+    "generate_images": "images = model.sample(16)",
+    "generate_text": 'print(model.generate(["The "], tokens=100))',
+    "unmask_text": "print(model.generate())",
+}
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,8 @@ def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights) -> A
     try:
         storage.write_atomic(f"{folder}/model.safetensors", data)
         storage.write_atomic(f"{folder}/README.md", _model_card(config, plan, weights, sha256).encode())
+        if storage.exists(TOKENIZER):
+            storage.write_atomic(f"{folder}/{TOKENIZER}", storage.read_bytes(TOKENIZER))
         storage.write_atomic(f"{folder}/config.json", json.dumps(about, indent=2).encode())
         storage.commit_folder(folder, "model")
     except BaseException:
@@ -146,5 +157,5 @@ def _model_card(config: RunConfig, plan: Plan, weights: Weights, sha256: str) ->
         f"- seed: {config.seed}\n"
         f"- SHA-256 of model.safetensors: `{sha256}`\n\n"
         '```python\nimport dbtrain\n\nmodel = dbtrain.load("path/to/this/folder")\n'
-        'print(model.predict(["image.png"]))\n```\n'
+        f"{_USE[family_of(config).task]}\n```\n"
     )

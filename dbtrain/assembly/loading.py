@@ -18,7 +18,8 @@ from dbtrain.config_file import parse_config
 from dbtrain.diffusion.codebook import digest
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.models import TrainableModule, family_of
-from dbtrain.plan import Plan
+from dbtrain.plan import NoiseRange, Plan
+from dbtrain.run_directory import TOKENIZER
 from dbtrain.storage import Storage
 from dbtrain.training.device import inference_device
 from dbtrain.training.planner import build_module
@@ -36,6 +37,18 @@ class AssembledModel:
     weights: Weights
     sha256: str
     device: torch.device
+    tokenizer: bytes | None
+    """Content of the tokenizer's file, for models of text."""
+
+    @property
+    def ranges(self) -> list[NoiseRange]:
+        """The blocks' own noise ranges, highest first; none for an end-to-end network."""
+        return [block.noise for block in self.plan.blocks if block.noise is not None]
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether this is the baseline."""
+        return self.plan.kind == "end_to_end"
 
 
 def load_model(path: str, device: str | torch.device = "cpu") -> AssembledModel:
@@ -73,6 +86,7 @@ def load_model(path: str, device: str | torch.device = "cpu") -> AssembledModel:
         weights=about["weights"],
         sha256=about["sha256"],
         device=where,
+        tokenizer=storage.read_bytes(TOKENIZER) if storage.exists(TOKENIZER) else None,
     )
 
 

@@ -11,10 +11,11 @@ import typer
 from rich.progress import Progress
 
 from dbtrain.cli.output import AsJson, RunPath, emit_json, err, human_bytes, print_table
+from dbtrain.errors import UserError
 
 if TYPE_CHECKING:
     from dbtrain.data.manifest import Split
-    from dbtrain.inference.evaluate import Evaluation
+    from dbtrain.inference.evaluation import Evaluation, Metric, Point
     from dbtrain.run_directory import RunDirectory
 
 
@@ -73,9 +74,9 @@ def evaluate(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy of every read-out, of every step of the chain, and of every block alone."""
+    """The metric by read-out, by step of the chain, and by block alone; a baseline also scores generated text."""
     directory, beside = _open(run, baseline)
-    ours = _evaluation(directory, device, data, split.value, renew=True)
+    ours = _evaluation(directory, device, data, split.value, judge=beside, renew=True)
     theirs = None if beside is None else _evaluation(beside, device, data, split.value, renew=True)
     if as_json:
         result: dict[str, Any] = {"run": run, **ours.as_json()}
@@ -83,16 +84,19 @@ def evaluate(
             result["baseline"] = {"run": baseline, **theirs.as_json()}
         emit_json(result)
         return
+    show = ours.metric.show
     rows = [
-        [name + (" (predict)" if name == ours.predict else ""), f"{100 * value:.2f}"]
+        [name + (" (in use)" if name == ours.predict and len(ours.readouts) > 1 else ""), show(value)]
         for name, value in ours.readouts.items()
     ]
     if theirs is not None:
-        rows += [[f"baseline: {name}", f"{100 * value:.2f}"] for name, value in theirs.readouts.items()]
-    print_table(f"accuracy on {ours.rows} {ours.split} rows, %", ["read-out", "accuracy"], rows)
-    if ours.chain:
-        _print_points("along the chain, mean over starting noises", ours.chain)
-        _print_points("each block alone, from pure noise at the top of its range", ours.alone)
+        rows += [[f"baseline: {name}", show(value)] for name, value in theirs.readouts.items()]
+    title = f"{ours.metric.title} on {ours.rows} {ours.split} rows, {ours.metric.better} is better"
+    print_table(title, ["read-out", ours.metric.title], rows)
+    _print_points("along the chain", ours.chain, ours.metric)
+    _print_points("each block alone", ours.alone, ours.metric)
+    if ours.also:
+        print_table("also", ["", "value"], [[name, f"{value:.4g}"] for name, value in ours.also.items()])
 
 
 def predict(
@@ -107,7 +111,10 @@ def predict(
     """Classify image files."""
     import dbtrain
 
-    answers = dbtrain.load(run, device).predict(list(images), readout=readout)
+    model = dbtrain.load(run, device)
+    if not hasattr(model, "predict"):
+        raise UserError("classifies nothing", field="MODEL", value=run, mend="use `dbtrain sample`")
+    answers = model.predict(list(images), readout=readout)
     if as_json:
         found = [{"image": str(path), **asdict(answer)} for path, answer in zip(images, answers, strict=True)]
         emit_json({"predictions": found})
@@ -125,6 +132,7 @@ def compare(
 ) -> None:
     """Quality, parameters, bytes a worker, layer-evaluations and time, side by side."""
     from dbtrain.inference.compare import compare as compare_runs
+    from dbtrain.inference.evaluation import Metric
 
     ours, theirs = _open(run, baseline)
     assert theirs is not None
@@ -132,16 +140,17 @@ def compare(
     if as_json:
         emit_json(result)
         return
-    a, b = result["run"], result["baseline"]
+    a, b, metric = result["run"], result["baseline"], Metric(**result["metric"])
     rows = [
         [title, show(a[key]), show(b[key])]
         for title, key, show in (
-            ("accuracy as predicted, %", "accuracy", lambda v: f"{100 * v:.2f}"),
-            ("accuracy of the best read-out, %", "best", lambda v: f"{100 * v:.2f}"),
+            (f"{metric.title}, as used", "value", metric.show),
+            (f"{metric.title}, best read-out", "best", metric.show),
             ("best read-out", "best_readout", str),
             ("parameters, all blocks", "parameters", lambda v: f"{v:,}"),
             ("bytes of the largest worker", "largest_worker_bytes", human_bytes),
             ("layer-evaluations", "layer_evaluations", lambda v: f"{v:,}"),
+            ("FLOPs of the training", "flops", lambda v: f"{v:.3g}"),
             ("wall time, s", "wall_seconds", lambda v: f"{v:.1f}"),
             ("worker time, s", "worker_seconds", lambda v: f"{v:.1f}"),
         )
@@ -151,7 +160,7 @@ def compare(
 
 
 def figures(run: RunPath, baseline: Baseline = None, data: Data = None, as_json: AsJson = False) -> None:
-    """Draw loss per block and accuracy along the chain, as PNG files in the run's `figures` folder."""
+    """Draw loss per block and the metric along the chain, as PNG files in the run's `figures` folder."""
     from dbtrain.monitoring.figures import draw_figures
 
     directory, beside = _open(run, baseline)
@@ -182,7 +191,13 @@ def _open(run: str, baseline: str | None) -> tuple[RunDirectory, RunDirectory | 
 
 
 def _evaluation(
-    run: RunDirectory, device: str, data: str | None, split: Split = "test", *, renew: bool = False
+    run: RunDirectory,
+    device: str,
+    data: str | None,
+    split: Split = "test",
+    *,
+    judge: RunDirectory | None = None,
+    renew: bool = False,
 ) -> Evaluation:
     """The run's evaluation, with a progress bar on a terminal if it takes work."""
     from dbtrain.inference.runs import evaluation_of
@@ -194,22 +209,22 @@ def _evaluation(
             device=device,
             split=split,
             data=data,
+            judge=judge,
             renew=renew,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 
 
-def _print_points(title: str, points: tuple[dict[str, float], ...]) -> None:
-    print_table(
-        title,
-        ["block", "noise level", "accuracy, %", "cross-entropy, nats"],
-        [
-            [
-                str(int(point["block"])),
-                f"{point['sigma']:.4g}",
-                f"{100 * point['accuracy']:.2f}",
-                f"{point['cross_entropy']:.3f}",
-            ]
-            for point in points
-        ],
-    )
+def _print_points(title: str, points: tuple[Point, ...], metric: Metric) -> None:
+    if not points:
+        return
+    columns = list(points[0])
+    heads = {"cross_entropy": "cross-entropy, nats", metric.name: metric.title}
+    rows = [[_cell(name, point[name], metric) for name in columns] for point in points]
+    print_table(title, [heads.get(name, name) for name in columns], rows)
+
+
+def _cell(name: str, value: float, metric: Metric) -> str:
+    if name == "block":
+        return str(int(value))
+    return metric.show(value) if name == metric.name else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""Batches of one split, on the device that trains: gather, distort, normalise."""
+"""Batches of one split, on the device that trains: gather, transform."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class BatchLoader:
         self._device = torch.device(device)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """{"image": float32 (N, C, H, W), "label": int64 (N,)}; N is batch_size, or the replica's share."""
+        """What the transform makes of the step's rows: {"image": float32 (N, C, H, W), "label": int64 (N,)}, or
+        {"tokens": int64 (N, L)}; N is batch_size, or the replica's share."""
         positions, rows = self._order.rows_at(step, self._batch_size)
         return _batch(self._shards, self._transform, self._device, positions, rows)
 
@@ -55,10 +56,11 @@ def _batch(
     positions: npt.NDArray[np.int64],
     rows: npt.NDArray[np.int64],
 ) -> dict[str, Tensor]:
-    images = torch.from_numpy(shards.gather("image", rows))
-    labels = torch.from_numpy(shards.gather("label", rows))
-    if device.type == "cuda":
-        # Pinned memory lets the copy run beside the computation of the step before.
-        images, labels = images.pin_memory(), labels.pin_memory()
-    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    return {"image": transform(images, positions), "label": labels}
+    batch = {}
+    for column in shards.manifest.columns:
+        values = torch.from_numpy(shards.gather(column.name, rows))
+        if device.type == "cuda":
+            # Pinned memory lets the copy run beside the computation of the step before.
+            values = values.pin_memory()
+        batch[column.name] = values.to(device, non_blocking=True)
+    return transform(batch, positions)

@@ -1,4 +1,4 @@
-"""Writing shards: batches of images in, uncompressed Arrow IPC files of one record batch each out.
+"""Writing shards: batches of rows in, uncompressed Arrow IPC files of one record batch each out.
 
 Memory is bounded by one shard. Each file is hashed while it is written and fsynced before it counts.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import zstandard
 
-from dbtrain.data.manifest import ColdCopy, ImageShape, ShardFile, Split, SplitFiles
+from dbtrain.data.columns import Column, Rows
+from dbtrain.data.manifest import ColdCopy, ShardFile, Split, SplitFiles
 from dbtrain.data.shards import shard_schema
 
 COLD_FOLDER = "cold"
@@ -86,29 +88,29 @@ class HashingFile:
 class SplitWriter:
     """Collects the rows of one split and writes a shard whenever one is full."""
 
-    def __init__(self, folder: Path, split: Split, image: ImageShape, shard_bytes: int, cold: bool):
-        rows = max(1, shard_bytes // (image.bytes + 8))
-        # A multiple of 64 rows leaves the label column of full shards aligned as well.
+    def __init__(self, folder: Path, split: Split, columns: Sequence[Column], shard_bytes: int, cold: bool):
+        rows = max(1, shard_bytes // sum(column.bytes for column in columns))
+        # A multiple of 64 rows leaves every column of full shards aligned as well.
         self._capacity = rows // _ALIGNMENT * _ALIGNMENT or rows
         self._folder = folder
         self._split = split
-        self._image = image
+        self._columns = columns
         self._cold = cold
-        self._pixels: npt.NDArray[np.uint8] = np.empty((0, image.bytes), dtype=np.uint8)
-        self._labels: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._buffers = self._empty(0)
+        self._room = 0
         self._used = 0
         self._shards: list[ShardFile] = []
 
-    def append(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
-        """Add images (N, C, H, W) and labels (N,)."""
-        flat = images.reshape(len(labels), self._image.bytes)
-        while len(labels):
-            self._reserve(self._used + len(labels))
-            part = min(len(labels), self._capacity - self._used)
-            self._pixels[self._used : self._used + part] = flat[:part]
-            self._labels[self._used : self._used + part] = labels[:part]
+    def append(self, rows: Rows) -> None:
+        """Add rows: an array (N, *shape) for each column."""
+        count, taken = len(rows[self._columns[0].name]), 0
+        while taken < count:
+            self._reserve(self._used + count - taken)
+            part = min(count - taken, self._capacity - self._used)
+            for name, buffer in self._buffers.items():
+                buffer[self._used : self._used + part] = rows[name][taken : taken + part]
             self._used += part
-            flat, labels = flat[part:], labels[part:]
+            taken += part
             if self._used == self._capacity:
                 self._flush()
 
@@ -122,20 +124,23 @@ class SplitWriter:
 
     def _reserve(self, rows: int) -> None:
         """Room for `rows`, at most a shard's; doubling, so that a small set never allocates a whole shard."""
-        have = len(self._labels)
-        if rows <= have or have == self._capacity:
+        if rows <= self._room or self._room == self._capacity:
             return
-        size = min(self._capacity, max(rows, 2 * have))
-        pixels = np.empty((size, self._image.bytes), dtype=np.uint8)
-        labels = np.empty(size, dtype=np.int64)
-        pixels[: self._used], labels[: self._used] = self._pixels[: self._used], self._labels[: self._used]
-        self._pixels, self._labels = pixels, labels
+        self._room = min(self._capacity, max(rows, 2 * self._room))
+        larger = self._empty(self._room)
+        for name, buffer in self._buffers.items():
+            larger[name][: self._used] = buffer[: self._used]
+        self._buffers = larger
+
+    def _empty(self, rows: int) -> Rows:
+        return {column.name: np.empty((rows, *column.shape), dtype=column.numpy) for column in self._columns}
 
     def _flush(self) -> None:
         name = f"{self._split}-{len(self._shards):05d}.arrow"
         file = HashingFile(self._folder / name)
         try:
-            write_shard(file, self._image, self._pixels[: self._used], self._labels[: self._used])
+            rows = {name: buffer[: self._used] for name, buffer in self._buffers.items()}
+            write_shard(file, self._columns, rows)
         finally:
             file.close()
         cold = freeze(self._folder, name) if self._cold else None
@@ -143,37 +148,37 @@ class SplitWriter:
         self._used = 0
 
 
-def write_shard(
-    sink: Sink,
-    image: ImageShape,
-    pixels: npt.NDArray[np.uint8],
-    labels: npt.NDArray[np.int64],
-) -> None:
-    """Write one shard: pixels (N, C*H*W) and labels (N,), both C-contiguous, as a single record batch.
+def write_shard(sink: Sink, columns: Sequence[Column], rows: Rows) -> None:
+    """Write one shard as a single record batch: an array (N, *shape) for each column, C-contiguous.
 
-    The image column starts at a multiple of 64 bytes in the file: rows of whole cache lines stay whole.
+    The first column starts at a multiple of 64 bytes in the file: rows of whole cache lines stay whole.
     """
-    padding = -_body_offset(image) % _ALIGNMENT
-    batch = _record_batch(image, pixels, labels, padding)
+    batch = _record_batch(columns, rows, -_body_offset(columns) % _ALIGNMENT)
     with pa.ipc.new_file(cast(pa.NativeFile, sink), batch.schema) as writer:
         writer.write_batch(batch)
 
 
-def _record_batch(
-    image: ImageShape, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], padding: int
-) -> pa.RecordBatch:
+def _record_batch(columns: Sequence[Column], rows: Rows, padding: int) -> pa.RecordBatch:
     # Arrow aligns buffers relative to the body; a filler in the schema's metadata moves the body itself.
-    schema = shard_schema(image).with_metadata({"image": str(image), "padding": " " * padding})
-    kind = pa.binary(image.bytes)
-    column = pa.FixedSizeBinaryArray.from_buffers(kind, len(labels), [None, pa.py_buffer(pixels.data)])
-    return pa.record_batch([column, pa.array(labels)], schema=schema)
+    about = {"columns": "; ".join(map(str, columns)), "padding": " " * padding}
+    arrays = [_arrow(column, rows[column.name]) for column in columns]
+    return pa.record_batch(arrays, schema=shard_schema(columns).with_metadata(about))
 
 
-def _body_offset(image: ImageShape) -> int:
+def _arrow(column: Column, values: npt.NDArray[Any]) -> pa.Array[Any]:
+    if not column.shape:
+        numbers: pa.Array[Any] = pa.array(values)
+        return numbers
+    buffer = pa.py_buffer(values.reshape(len(values), -1).view(np.uint8).data)
+    stored: pa.Array[Any] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(column.bytes), len(values), [None, buffer])
+    return stored
+
+
+def _body_offset(columns: Sequence[Column]) -> int:
     """Where the first column would start in a file without padding."""
-    pixels = np.zeros((1, image.bytes), dtype=np.uint8)
+    row = {column.name: np.zeros((1, *column.shape), dtype=column.numpy) for column in columns}
     sink = pa.BufferOutputStream()
-    batch = _record_batch(image, pixels, np.zeros(1, dtype=np.int64), padding=0)
+    batch = _record_batch(columns, row, padding=0)
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     whole = sink.getvalue()

@@ -10,16 +10,17 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dbtrain.data.manifest import ImageShape, Manifest, ShardFile, Split
+from dbtrain.data.columns import Column
+from dbtrain.data.manifest import TOKENIZER_FILE, Manifest, ShardFile, Split
 from dbtrain.errors import CorruptData, UserError
 
 STAMP_FILE = ".verified.json"
@@ -27,27 +28,23 @@ STAMP_FILE = ".verified.json"
 # Pages of a mapped file stay resident after they were read. Sets smaller than this may stay mapped whole.
 _RESIDENT_BYTES = 256 << 20
 
-Column = Literal["image", "label"]
 VerifyProgress = Callable[[int, int], None]
 """Called with bytes read so far and bytes to read."""
 
 
-def shard_schema(image: ImageShape) -> pa.Schema:
-    """Columns of a shard: image, fixed-size binary of C*H*W bytes (channels first), and label, int64."""
-    fields: list[pa.Field[Any]] = [
-        pa.field("image", pa.binary(image.bytes), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),
-    ]
+def shard_schema(columns: Sequence[Column]) -> pa.Schema:
+    """What a shard of these columns looks like to Arrow."""
+    fields: list[pa.Field[Any]] = [pa.field(column.name, column.arrow, nullable=False) for column in columns]
     return pa.schema(fields)
 
 
 @dataclass(frozen=True)
 class _Mapped:
-    """Views into one mapped file."""
+    """Views into one mapped file: of each column, (rows, numbers a row), or (rows,) for single numbers."""
 
     file: mmap.mmap
-    image: npt.NDArray[np.uint8]
-    label: npt.NDArray[np.int64]
+    rows: int
+    columns: dict[str, npt.NDArray[Any]]
 
 
 class ShardSet:
@@ -58,7 +55,8 @@ class ShardSet:
         self.split = split
         self.manifest = manifest
         self._shards = shards
-        self._starts = np.cumsum([0] + [len(shard.label) for shard in shards])
+        self._shapes = {column.name: column.shape for column in manifest.columns}
+        self._starts = np.cumsum([0] + [shard.rows for shard in shards])
         self.rows = int(self._starts[-1])
         self._release = sum(len(shard.file) for shard in shards) > _RESIDENT_BYTES
 
@@ -71,14 +69,19 @@ class ShardSet:
             CorruptData: a shard is truncated or is not what the manifest says.
         """
         manifest = Manifest.load(folder)
-        shards = [_map(folder, shard, manifest.image) for shard in manifest.splits[split].shards]
+        shards = [_map(folder, shard, manifest.columns) for shard in manifest.splits[split].shards]
         return cls(folder, split, manifest, shards)
 
-    def gather(self, column: Column, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Copy rows out of the mapped files, once: images (N, C, H, W) uint8, or labels (N,) int64."""
+    def gather(self, column: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Copy rows (N,) of a column out of the mapped files, once: (N, *shape) of the column's own type.
+
+        Raises:
+            IndexError: a row is outside of the split.
+            KeyError: there is no such column.
+        """
         if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of a split of {self.rows}")
-        columns: list[npt.NDArray[Any]] = [getattr(shard, column) for shard in self._shards]
+        columns: list[npt.NDArray[Any]] = [shard.columns[column] for shard in self._shards]
         out = np.empty((len(rows), *columns[0].shape[1:]), dtype=columns[0].dtype)
         if len(columns) == 1:
             # clip: numpy would otherwise gather into a second buffer first; the bounds are checked above.
@@ -93,13 +96,10 @@ class ShardSet:
             # The pages leave this process, not the system's cache: its memory stays flat over an epoch.
             for owner in np.unique(owners).tolist():
                 self._shards[owner].file.madvise(mmap.MADV_DONTNEED)
-        if column == "image":
-            image = self.manifest.image
-            return out.reshape(-1, image.channels, image.height, image.width)
-        return out
+        return out.reshape(len(rows), *self._shapes[column])
 
     def verify(self, progress: VerifyProgress | None = None) -> None:
-        """Compare every shard of both splits with its digest, and all labels with the class names.
+        """Compare every shard of both splits with its digest, labels with the class names, tokens with the vocabulary.
 
         Files that passed before and have the same size, modification time and inode are not read again.
 
@@ -118,11 +118,13 @@ class ShardSet:
             done += shard.bytes
             if progress is not None:
                 progress(done, total)
+        if self.manifest.text is not None:
+            _verify_tokenizer(self.folder / TOKENIZER_FILE, self.manifest.text.tokenizer_sha256)
         if fresh != stamps:
             _write_stamps(self.folder, fresh)
 
 
-def _map(folder: Path, shard: ShardFile, image: ImageShape) -> _Mapped:
+def _map(folder: Path, shard: ShardFile, columns: Sequence[Column]) -> _Mapped:
     path = folder / shard.file
     _check_size(path, shard)
     try:
@@ -137,20 +139,20 @@ def _map(folder: Path, shard: ShardFile, image: ImageShape) -> _Mapped:
         raise _corrupt(path, f"is not a readable Arrow file: {_one_line(error)}") from None
     if batch is None:
         raise _corrupt(path, f"has {reader.num_record_batches} record batches, not one")
-    if not batch.schema.equals(shard_schema(image), check_metadata=False):
+    if not batch.schema.equals(shard_schema(columns), check_metadata=False):
         found = ", ".join(f"{field.name}: {field.type}" for field in batch.schema)
-        raise _corrupt(path, f"has the columns ({found}), which do not hold images of {image} and labels")
+        raise _corrupt(path, f"has the columns ({found}), not ({', '.join(map(str, columns))})")
     if batch.num_rows != shard.rows:
         raise _corrupt(path, f"has {batch.num_rows} rows, the manifest says {shard.rows}")
-    pixels = np.frombuffer(_data(batch.column(0)), np.uint8, shard.rows * image.bytes)
-    labels = np.frombuffer(_data(batch.column(1)), np.int64, shard.rows)
-    return _Mapped(mapped, pixels.reshape(shard.rows, image.bytes), labels)
+    views = {column.name: _view(batch.column(index), column, shard.rows) for index, column in enumerate(columns)}
+    return _Mapped(mapped, shard.rows, views)
 
 
-def _data(column: pa.Array[Any]) -> memoryview:
-    buffer = column.buffers()[1]
+def _view(stored: pa.Array[Any], column: Column, rows: int) -> npt.NDArray[Any]:
+    buffer = stored.buffers()[1]
     assert buffer is not None
-    return memoryview(buffer)
+    numbers = np.frombuffer(memoryview(buffer), column.numpy, rows * column.size)
+    return numbers.reshape(rows, column.size) if column.shape else numbers
 
 
 def _check_size(path: Path, shard: ShardFile) -> None:
@@ -169,11 +171,28 @@ def _verify_file(folder: Path, shard: ShardFile, manifest: Manifest) -> None:
     _check_size(path, shard)
     if file_sha256(path) != shard.sha256:
         raise _corrupt(path, "its bytes have changed since it was prepared (SHA-256 differs)")
-    labels = _map(folder, shard, manifest.image).label
+    views = _map(folder, shard, manifest.columns).columns
+    if manifest.text is not None:
+        highest = int(views["tokens"].max())
+        if highest >= manifest.text.vocab_size:
+            raise _corrupt(path, f"has the token {highest}, outside 0..{manifest.text.vocab_size - 1}")
+        return
+    labels, last = views["label"], max(len(manifest.class_names), 1) - 1
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= len(manifest.class_names):
-        wrong = low if low < 0 else high
-        raise _corrupt(path, f"has the class id {wrong}, outside 0..{len(manifest.class_names) - 1}")
+    if low < 0 or high > last:
+        raise _corrupt(path, f"has the class id {low if low < 0 else high}, outside 0..{last}")
+
+
+def _verify_tokenizer(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise UserError("the tokenizer is missing", field="tokenizer", value=path, mend=f"{_MEND} --overwrite")
+    if file_sha256(path) != sha256:
+        raise CorruptData(
+            "its bytes have changed since the text was prepared (SHA-256 differs)",
+            field="tokenizer",
+            value=path,
+            mend=f"{_MEND} --overwrite",
+        )
 
 
 def file_sha256(path: Path) -> str:

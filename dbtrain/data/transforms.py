@@ -1,4 +1,6 @@
-"""uint8 image batches -> normalised float32, on whatever device they are, distorted per sample.
+"""Batches as the shards hold them -> as networks want them, on whatever device they are.
+
+Images become normalised float32, distorted per sample; latents normalised float32; tokens int64.
 
 Every random parameter is a function of (key, position of the sample) alone: neither batch size, nor step, nor
 the samples beside it change what happens to an image.
@@ -23,27 +25,61 @@ from dbtrain.randomness import keyed_uniform
 _CROP_Y, _CROP_X, _FLIP, _RANDAUGMENT = 0, 1, 2, 3
 
 
-class Transform(Protocol):
-    """What a loader does to the images it has gathered."""
+Batch = dict[str, Tensor]
+"""Columns of one batch by name, each (N, ...)."""
 
-    def __call__(self, images: Tensor, positions: npt.NDArray[np.int64]) -> Tensor:
-        """uint8 (N, C, H, W) and the samples' positions in the order -> float32 (N, C, H, W)."""
+
+class Transform(Protocol):
+    """What a loader does to the columns it has gathered."""
+
+    def __call__(self, batch: Batch, positions: npt.NDArray[np.int64]) -> Batch:
+        """Columns as stored and the samples' positions (N,) in the order -> columns as networks want them."""
         ...
 
 
-class EvalTransform:
-    """Normalise: (pixel / 255 - mean) / std for each channel."""
+class _Affine:
+    """x * scale - shift for each channel, in float32."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        scale = torch.tensor(std, dtype=torch.float64).reciprocal() / 255
-        shift = torch.tensor(mean, dtype=torch.float64) * 255 * scale
+    def __init__(self, mean: Sequence[float], std: Sequence[float], full: float):
+        scale = torch.tensor(std, dtype=torch.float64).reciprocal() / full
+        shift = torch.tensor(mean, dtype=torch.float64) * full * scale
         self._scale = scale.float().view(-1, 1, 1)
         self._shift = shift.float().view(-1, 1, 1)
 
-    def __call__(self, images: Tensor, positions: npt.NDArray[np.int64] | None = None) -> Tensor:
-        """uint8 (N, C, H, W) -> float32 of the same shape."""
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) of any type -> float32 of the same shape, in memory of its own."""
         self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
-        return images.float().mul_(self._scale).sub_(self._shift)
+        return images.to(torch.float32, copy=True).mul_(self._scale).sub_(self._shift)
+
+
+class EvalTransform:
+    """Normalise images: (pixel / 255 - mean) / std for each channel."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self._normalise = _Affine(mean, std, full=255)
+
+    def __call__(self, batch: Batch, positions: npt.NDArray[np.int64] | None = None) -> Batch:
+        """image: uint8 (N, C, H, W) -> float32."""
+        return {**batch, "image": self._normalise(batch["image"])}
+
+
+class LatentTransform:
+    """Normalise latents: (x - mean) / std for each channel."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self._normalise = _Affine(mean, std, full=1)
+
+    def __call__(self, batch: Batch, positions: npt.NDArray[np.int64] | None = None) -> Batch:
+        """image: float16 or float32 (N, C, H, W) -> float32."""
+        return {**batch, "image": self._normalise(batch["image"])}
+
+
+class TokenTransform:
+    """Token ids in the type that embeddings are indexed with."""
+
+    def __call__(self, batch: Batch, positions: npt.NDArray[np.int64] | None = None) -> Batch:
+        """tokens: unsigned (N, L) -> int64."""
+        return {**batch, "tokens": batch["tokens"].long()}
 
 
 class TrainTransform:
@@ -56,12 +92,12 @@ class TrainTransform:
         policy = augment.randaugment
         self._lanes = _RANDAUGMENT + (0 if policy is None else policy.operations * LANES_PER_OPERATION)
 
-    def __call__(self, images: Tensor, positions: npt.NDArray[np.int64]) -> Tensor:
-        """uint8 (N, C, H, W) and positions (N,) -> float32 (N, C, H, W)."""
-        return self._normalise(self.distort(images, positions))
+    def __call__(self, batch: Batch, positions: npt.NDArray[np.int64]) -> Batch:
+        """image: uint8 (N, C, H, W) -> float32, distorted as the positions (N,) decide."""
+        return self._normalise({**batch, "image": self.distort(batch["image"], positions)})
 
     def distort(self, images: Tensor, positions: npt.NDArray[np.int64]) -> Tensor:
-        """The distortions alone: uint8 in, uint8 out."""
+        """The distortions alone: uint8 (N, C, H, W) in and out."""
         augment = self._augment
         chance = keyed_uniform(self._key, positions, self._lanes)
         if augment.crop_padding:

@@ -39,6 +39,20 @@ def make_codebook(num_classes: int, width: int, scale: float, seed: int) -> Tens
     return torch.from_numpy((rows * scale).astype(np.float32))
 
 
+def stretch_rows(rows: Tensor, scale: float) -> Tensor:
+    """The codebook that has the directions of given rows (C, width); a row of zeros stays as it is.
+
+    Returns:
+        (C, width) float32 on the CPU, each row of the Euclidean norm `scale`.
+    """
+    out = torch.empty(rows.shape)
+    for first in range(0, len(rows), 1024):  # float64 copies of a whole vocabulary would need much memory
+        part = rows[first : first + 1024].double().numpy()
+        norms = np.sqrt(_sum(part * part))[:, None]
+        out[first : first + 1024] = torch.from_numpy(part / np.where(norms == 0, 1.0, norms) * scale)
+    return out
+
+
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's type, shape and values, in hexadecimal."""
     array = tensor.detach().cpu().contiguous().numpy()

@@ -37,3 +37,11 @@ def weights(kind: Literal["unit", "edm"], sigma: Tensor, sigma_data: float) -> T
     if kind == "unit":
         return torch.ones_like(sigma)
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def weighted_errors(
+    kind: Literal["unit", "edm"], estimate: Tensor, clean: Tensor, sigma_n: Tensor, sigma_data: float
+) -> Tensor:
+    """Mean square errors (N,) of the estimates D, (N, ...), each with the weight of its sigma; at least float32."""
+    difference = estimate - clean if estimate.dtype == torch.float64 else estimate.float() - clean
+    return weights(kind, sigma_n, sigma_data) * difference.square().flatten(1).mean(dim=1)

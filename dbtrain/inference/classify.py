@@ -12,11 +12,12 @@ from torch import Tensor
 
 from dbtrain.assembly.loading import AssembledModel
 from dbtrain.config import READOUTS
-from dbtrain.data.transforms import EvalTransform
+from dbtrain.data.batches import make_transform
 from dbtrain.diffusion.chain import ChainTrace, read_out, run_chain
 from dbtrain.errors import UserError
 from dbtrain.inference.images import ImageLike, as_list, to_tensor
-from dbtrain.plan import NoiseRange
+from dbtrain.model_config import ImageModelConfig
+from dbtrain.models import family_of
 from dbtrain.randomness import derive_key, keyed_uniform
 
 PREDICT_BATCH = 256
@@ -44,7 +45,10 @@ class Classifier:
         self.model = model
         self.config = model.config
         self.class_names = model.plan.data.class_names
-        self._transform = EvalTransform(model.plan.data.mean, model.plan.data.std)
+        assert isinstance(model.config.model, ImageModelConfig)
+        self._network = model.config.model
+        scaling = family_of(model.config).scaling(model.config, model.plan.data)
+        self._transform = make_transform(model.config, model.plan.data, scaling, None)
 
     def predict(self, images: Sequence[ImageLike] | ImageLike, *, readout: str | None = None) -> list[Prediction]:
         """Classify one image or several: files, PIL images, uint8 arrays (H, W) or (H, W, C), uint8 tensors (C, H, W).
@@ -57,15 +61,19 @@ class Classifier:
             UserError: a file is missing or is no image, or `readout` is not a read-out of this model.
         """
         self._check_readout(readout)
-        model, answers, todo = self.config.model, [], as_list(images)
+        network, answers, todo = self._network, [], as_list(images)
         for first in range(0, len(todo), PREDICT_BATCH):
             pixels = [
-                to_tensor(image, model.image_size, model.channels) for image in todo[first : first + PREDICT_BATCH]
+                to_tensor(image, network.image_size, network.channels) for image in todo[first : first + PREDICT_BATCH]
             ]
-            batch = self._transform(torch.stack(pixels).to(self.model.device))
+            batch = self.normalise(torch.stack(pixels).to(self.model.device))
             probabilities = self.probabilities(batch, np.zeros(len(batch), np.int64), readout)
             answers += [self._prediction(row) for row in probabilities.cpu()]
         return answers
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> float32, as the network was trained with."""
+        return self._transform({"image": images}, np.zeros(len(images), np.int64))["image"]
 
     def probabilities(self, images: Tensor, positions: npt.NDArray[np.int64], readout: str | None = None) -> Tensor:
         """Probabilities (N, classes) for normalised images (N, C, H, W); `positions` key the starting noises.
@@ -74,7 +82,7 @@ class Classifier:
             UserError: `readout` is not a read-out of this model.
         """
         self._check_readout(readout)
-        if self.model.codebook is None:
+        if self.model.end_to_end:
             return self.logits(images).softmax(dim=-1)
         name = readout or self.config.chain.readout
         noises = self.config.chain.start_noises if name.endswith("_mean") else 1
@@ -102,7 +110,7 @@ class Classifier:
         assert codebook is not None
         return run_chain(
             lambda index, z, sigma: self.log_probs(images, index, z, sigma),
-            self.ranges,
+            self.model.ranges,
             codebook,
             config.noise,
             config.chain.steps or len(self.model.modules),
@@ -126,13 +134,8 @@ class Classifier:
         normal: Tensor = torch.special.ndtri(uniform.clamp_(min=2.0**-54))
         return normal.float().to(self.model.device)
 
-    @property
-    def ranges(self) -> list[NoiseRange]:
-        """The blocks' own noise ranges, highest first."""
-        return [block.noise for block in self.model.plan.blocks if block.noise is not None]
-
     def _check_readout(self, name: str | None) -> None:
-        known = READOUTS if self.model.codebook is not None else ()
+        known = () if self.model.end_to_end else READOUTS
         if name is not None and name not in known:
             mend = f"use one of {', '.join(known)}" if known else "leave it out: an end-to-end network says one thing"
             raise UserError("is not a read-out of this model", field="--readout", value=name, mend=mend)

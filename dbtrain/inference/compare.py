@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dbtrain.errors import UserError
-from dbtrain.inference.evaluate import Evaluation
+from dbtrain.inference.evaluation import Evaluation
 from dbtrain.run_directory import RunDirectory
 
 
@@ -15,8 +15,8 @@ class Side:
     """One of the two."""
 
     run: str
-    accuracy: float
-    """Of the read-out that `predict` uses."""
+    value: float
+    """The metric, of the read-out in use."""
     best: float
     """Of the best read-out; chosen on the split it is measured on."""
     best_readout: str
@@ -24,6 +24,8 @@ class Side:
     largest_worker_bytes: int
     """Planned bytes of the largest block's worker: weights, gradients, optimiser, averages, activations."""
     layer_evaluations: int
+    flops: float
+    """Floating-point operations of the whole training, forward and backward."""
     wall_seconds: float
     """From the journal: time in which the run was driven, all starts together."""
     worker_seconds: float
@@ -40,6 +42,13 @@ def check_baseline(run: RunDirectory, baseline: RunDirectory) -> None:
         swapped = run.plan.kind == "end_to_end"
         mend = "swap the two: the run of blocks comes first" if swapped else "give one of `dbtrain baseline`"
         raise UserError("is no end-to-end run", field="BASELINE", value=baseline.uri, mend=mend)
+    if run.config.model.family != baseline.config.model.family:
+        raise UserError(
+            f"is of the family {baseline.config.model.family}, the run of {run.config.model.family}",
+            field="BASELINE",
+            value=baseline.uri,
+            mend="give the baseline of the same configuration",
+        )
     ours, theirs = run.plan.data, baseline.plan.data
     if ours is None or theirs is None or ours.sha256 != theirs.sha256:
         raise UserError("was trained on other data than the run", field="BASELINE", value=baseline.uri)
@@ -47,29 +56,29 @@ def check_baseline(run: RunDirectory, baseline: RunDirectory) -> None:
 
 def side(run: RunDirectory, evaluation: Evaluation) -> Side:
     """What there is to say of one run."""
-    best = max(evaluation.readouts, key=lambda name: evaluation.readouts[name])
     wall, work = _seconds(run.events())
     return Side(
         run=run.uri,
-        accuracy=evaluation.readouts[evaluation.predict],
-        best=evaluation.readouts[best],
-        best_readout=best,
+        value=evaluation.value,
+        best=evaluation.readouts[evaluation.best],
+        best_readout=evaluation.best,
         parameters=sum(block.parameters for block in run.plan.blocks),
         largest_worker_bytes=max(block.bytes.total for block in run.plan.blocks),
         layer_evaluations=run.plan.layer_evaluations,
+        flops=float(run.plan.flops),
         wall_seconds=wall,
         worker_seconds=work,
     )
 
 
 def compare(run: RunDirectory, ours: Evaluation, baseline: RunDirectory, theirs: Evaluation) -> dict[str, Any]:
-    """Both sides as plain data, under `run` and `baseline`.
+    """Both sides as plain data, under `run` and `baseline`, and the metric.
 
     Raises:
         UserError: the two do not go together.
     """
     check_baseline(run, baseline)
-    return {"run": asdict(side(run, ours)), "baseline": asdict(side(baseline, theirs))}
+    return {"metric": asdict(ours.metric), "run": asdict(side(run, ours)), "baseline": asdict(side(baseline, theirs))}
 
 
 def _seconds(events: list[dict[str, Any]]) -> tuple[float, float]:

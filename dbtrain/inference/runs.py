@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from dbtrain.assembly.assemble import assemble
-from dbtrain.assembly.loading import load_model
+from dbtrain.assembly.loading import AssembledModel, load_model
 from dbtrain.data.manifest import Split
-from dbtrain.inference.classify import Classifier
-from dbtrain.inference.evaluate import Evaluation, evaluate
+from dbtrain.inference.evaluate import evaluate
+from dbtrain.inference.evaluation import Evaluation, Progress
 from dbtrain.run_directory import RunDirectory
 
 EVALUATION = "evaluation.json"
 
 
-def classifier_of(run: RunDirectory, device: str = "cpu") -> Classifier:
+def model_of(run: RunDirectory, device: str = "cpu") -> AssembledModel:
     """The run's model; a finished run is assembled first if it was not yet, or if its chain settings have changed.
 
     Raises:
@@ -29,7 +28,7 @@ def classifier_of(run: RunDirectory, device: str = "cpu") -> Classifier:
     if model.config.chain != run.config.chain:  # not part of the run's identity: `train` may have renewed them
         assemble(run, model.weights)
         model = load_model(run.uri, device)
-    return Classifier(model)
+    return model
 
 
 def evaluation_of(
@@ -38,23 +37,28 @@ def evaluation_of(
     device: str = "cpu",
     split: Split = "test",
     data: str | None = None,
+    judge: RunDirectory | None = None,
     renew: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """The evaluation of the run's model on `split`, from `evaluation.json` if it is of that model and split.
 
-    `data` is the folder of the shards where they are not where the run's configuration says.
+    `data` is the folder of the shards where they are not where the run's configuration says; `judge` is an end-to-end
+    run that scores what a model of text writes.
 
     Raises:
         UserError: the run is unfinished, or the data it was trained on is gone.
         CorruptData: its checkpoints or its model are damaged.
     """
-    classifier = classifier_of(run, device)
-    chain = classifier.config.chain.model_dump(mode="json")
-    key = {"sha256": classifier.model.sha256, "split": split, "chain": chain}
+    model = model_of(run, device)
+    judging = None if judge is None else model_of(judge, device)
+    chain = model.config.chain.model_dump(mode="json")
+    key = {"sha256": model.sha256, "split": split, "chain": chain}
+    if judging is not None:
+        key["judge"] = judging.sha256
     if not renew and (known := _kept(run, key)) is not None:
         return known
-    result = evaluate(classifier, split, data=data, progress=progress)
+    result = evaluate(model, split, data=data, judge=judging, progress=progress)
     kept = {"of": key, "evaluation": result.as_json()}
     run.storage.write_atomic(EVALUATION, json.dumps(kept, indent=2).encode())
     return result
@@ -64,6 +68,6 @@ def _kept(run: RunDirectory, key: dict[str, Any]) -> Evaluation | None:
     """The remembered evaluation of `key`; a file that cannot be read is as good as none, for it can be made again."""
     try:
         kept = json.loads(run.storage.read_bytes(EVALUATION))
-        return Evaluation.from_json(kept["evaluation"]) if kept["of"] == key else None
+        return Evaluation.from_json(kept["evaluation"]) if key.items() <= dict(kept["of"]).items() else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -1,6 +1,10 @@
-"""The families. Importing this package registers them all."""
+"""The families. Importing this package registers those that are built in."""
 
+from dbtrain.models import causal_lm as causal_lm
+from dbtrain.models import dit as dit
+from dbtrain.models import masked_lm as masked_lm
+from dbtrain.models import recurrent_lm as recurrent_lm
 from dbtrain.models import vit as vit
-from dbtrain.models.family import Batch, Draw, Family, TrainableModule, family_of
+from dbtrain.models.family import Batch, Draw, Family, Piece, Task, TrainableModule, family_of
 
-__all__ = ["Batch", "Draw", "Family", "TrainableModule", "family_of"]
+__all__ = ["Batch", "Draw", "Family", "Piece", "Task", "TrainableModule", "family_of"]

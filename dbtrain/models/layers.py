@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class SelfAttention(nn.Module):
@@ -17,10 +21,13 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
         self.dropout = dropout
 
-    def forward(self, x_ntd: Tensor) -> Tensor:
+    def forward(self, x_ntd: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """`rotation`, a `rotary_table`, tells queries and keys their positions; without it they have none."""
         n, t, width = x_ntd.shape
         qkv = self.qkv(x_ntd).view(n, t, 3, self.heads, width // self.heads)
         q_nhtk, k_nhtk, v_nhtk = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if rotation is not None:
+            q_nhtk, k_nhtk = rotate(q_nhtk, rotation), rotate(k_nhtk, rotation)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q_nhtk, k_nhtk, v_nhtk, dropout_p=dropout)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(n, t, width))
@@ -48,14 +55,14 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Linear(width, 6 * width) if conditioned else None
 
-    def forward(self, x_ntd: Tensor, condition_nd: Tensor | None = None) -> Tensor:
+    def forward(self, x_ntd: Tensor, condition_nd: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
         if self.modulation is None:
-            x_ntd = x_ntd + self.dropout(self.attention(self.norm_attention(x_ntd)))
+            x_ntd = x_ntd + self.dropout(self.attention(self.norm_attention(x_ntd), rotation))
             plain: Tensor = x_ntd + self.dropout(self.mlp(self.norm_mlp(x_ntd)))
             return plain
         assert condition_nd is not None
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition_nd)[:, None].chunk(6, dim=-1)
-        hidden = self.attention(modulate(self.norm_attention(x_ntd), shift_a, scale_a))
+        hidden = self.attention(modulate(self.norm_attention(x_ntd), shift_a, scale_a), rotation)
         x_ntd = x_ntd + gate_a * self.dropout(hidden)
         hidden = self.mlp(modulate(self.norm_mlp(x_ntd), shift_m, scale_m))
         conditioned: Tensor = x_ntd + gate_m * self.dropout(hidden)
@@ -98,6 +105,56 @@ class NoiseEmbedding(nn.Module):
         angles = c_noise_n[:, None] * self.frequencies[None]
         embedded: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
         return embedded
+
+
+def apply_layers(layers: Iterable[Callable[..., Any]], x: Any, *rest: Any, recompute: bool = False) -> Any:
+    """layer(x, *rest) for each layer in turn. With `recompute`, autograd keeps each layer's input alone."""
+    for layer in layers:
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(layer, _kept(x), *rest, use_reentrant=False)
+        else:
+            x = layer(x, *rest)
+    return x
+
+
+class _Kept(torch.autograd.Function):
+    """The identity, in whose name autograd saves its input: what a checkpoint holds shows in saved-tensor hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def _kept(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_kept(part) for part in x)
+    return _Kept.apply(x) if isinstance(x, Tensor) and x.requires_grad else x  # type: ignore[no-untyped-call]
+
+
+def rotary_table(size: int, length: int, theta: float = 10000.0) -> Tensor:
+    """Cosines and sines of the rotary embedding (Su et al. 2021), (2, length, size), for heads of even width `size`.
+
+    In the rotate-half layout of Hugging Face's Llama; `theta` is the base of the wavelengths.
+    """
+    wavelengths = theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] / wavelengths
+    angles = torch.cat([angles, angles], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x_nhtk: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of coordinates (j, j + k/2) by its position's angle; `rotation` is rows of a `rotary_table`,
+    (2, T, k), or (2, N, T, k) where samples differ."""
+    if rotation.dim() == 4:
+        rotation = rotation[:, :, None]  # one angle for all heads
+    cos, sin = rotation.to(x_nhtk.dtype).unbind()
+    first, second = x_nhtk.chunk(2, dim=-1)
+    return x_nhtk * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

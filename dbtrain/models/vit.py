@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbtrain.config import NoiseConfig, RunConfig, ViTConfig
+from dbtrain.config import RunConfig
 from dbtrain.diffusion.codebook import make_codebook
 from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.diffusion.precondition import c_in, c_noise, weights
-from dbtrain.models.family import Batch, Draw, TrainableModule, register
-from dbtrain.models.layers import FinalNorm, NoiseEmbedding, TransformerLayer, initialise, patchify
+from dbtrain.model_config import ViTConfig
+from dbtrain.models.family import Batch, Draw, Family, TrainableModule, register
+from dbtrain.models.layers import FinalNorm, NoiseEmbedding, TransformerLayer, apply_layers, initialise, patchify
 from dbtrain.plan import NoiseRange
 
 
@@ -40,12 +41,12 @@ class ViTBlock(TrainableModule):
 
     codebook: Tensor
 
-    def __init__(self, model: ViTConfig, noise: NoiseConfig, num_layers: int, trained: NoiseRange, codebook: Tensor):
+    def __init__(self, config: RunConfig, num_layers: int, trained: NoiseRange, codebook: Tensor):
         """`trained` is the range of noise levels the loss draws from; `codebook` (classes, width) is frozen."""
         super().__init__()
-        self.noise = noise
+        model, self.noise = _model(config), config.noise
         self.trained = trained
-        self.distribution = NoiseDistribution.from_config(noise)
+        self.distribution = NoiseDistribution.from_config(config.noise)
         self.stem = PatchStem(model)
         self.code_stem = nn.Linear(model.width, model.width)
         self.noise_embedding = NoiseEmbedding(model.width)
@@ -66,8 +67,7 @@ class ViTBlock(TrainableModule):
         condition = self.noise_embedding(c_noise(sigma_n))
         code = self.code_stem(c_in(sigma_n, self.noise.sigma_data)[:, None] * z_nd)
         tokens = self.dropout(torch.cat([code[:, None], self.stem(image_nchw)], dim=1))
-        for layer in self.layers:
-            tokens = layer(tokens, condition)
+        tokens = apply_layers(self.layers, tokens, condition, recompute=self.recompute)
         logits: Tensor = self.head(self.norm(tokens[:, 0], condition))
         return logits
 
@@ -89,8 +89,9 @@ class ViTBlock(TrainableModule):
 class ViTEndToEnd(TrainableModule):
     """The ordinary ViT: class token, all layers, one head, plain cross-entropy."""
 
-    def __init__(self, model: ViTConfig):
+    def __init__(self, config: RunConfig):
         super().__init__()
+        model = _model(config)
         self.stem = PatchStem(model)
         self.class_token = nn.Parameter(torch.empty(model.width))
         nn.init.trunc_normal_(self.class_token, std=0.02)
@@ -108,8 +109,7 @@ class ViTEndToEnd(TrainableModule):
         patches = self.stem(image_nchw)
         token = self.class_token.to(patches.dtype).expand(len(patches), 1, -1)
         tokens = self.dropout(torch.cat([token, patches], dim=1))
-        for layer in self.layers:
-            tokens = layer(tokens)
+        tokens = apply_layers(self.layers, tokens, recompute=self.recompute)
         logits: Tensor = self.head(self.norm(tokens[:, 0]))
         return logits
 
@@ -122,14 +122,15 @@ class ViTEndToEnd(TrainableModule):
         return F.cross_entropy(self(batch["image"]).float(), batch["label"])
 
 
-class ViTFamily:
+class ViTFamily(Family):
     """Vision transformers for classification."""
 
     name = "vit"
+    task = "classify"
 
     def codebook(self, config: RunConfig) -> Tensor:
         """One row a class."""
-        model = config.model
+        model = _model(config)
         return make_codebook(model.num_classes, model.width, config.codebook.scale, config.seed)
 
     def build_block(
@@ -137,17 +138,22 @@ class ViTFamily:
     ) -> ViTBlock:
         """A block of `layers[1] - layers[0]` layers."""
         assert codebook is not None
-        return ViTBlock(config.model, config.noise, layers[1] - layers[0], trained, codebook)
+        return ViTBlock(config, layers[1] - layers[0], trained, codebook)
 
     def build_end_to_end(self, config: RunConfig) -> ViTEndToEnd:
         """The baseline."""
-        return ViTEndToEnd(config.model)
+        return ViTEndToEnd(config)
 
     def example_batch(self, config: RunConfig, batch_size: int) -> Batch:
         """Zero images of class 0."""
-        model = config.model
+        model = _model(config)
         shape = (batch_size, model.channels, model.image_size, model.image_size)
         return {"image": torch.zeros(shape), "label": torch.zeros(batch_size, dtype=torch.int64)}
+
+
+def _model(config: RunConfig) -> ViTConfig:
+    assert isinstance(config.model, ViTConfig)
+    return config.model
 
 
 register(ViTFamily())

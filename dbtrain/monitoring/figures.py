@@ -1,11 +1,11 @@
-"""Pictures of a run: the loss of every block, and accuracy along the chain."""
+"""Pictures of a run: the loss of every block, and the metric along the chain."""
 
 from __future__ import annotations
 
 import io
 from typing import TYPE_CHECKING, Any
 
-from dbtrain.inference.evaluate import Evaluation
+from dbtrain.inference.evaluation import Evaluation, Point
 from dbtrain.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _loss(run: RunDirectory) -> Figure:
         noise = "" if block.noise is None else f"  noise {block.noise.high:.3g} to {block.noise.low:.3g}"
         axes.plot(steps, losses, linewidth=1.5, label=f"{name}{noise}")
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats")
+    axes.set_ylabel("training loss")
     axes.set_title(f"{run.config.name}: loss of each block", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -53,21 +53,27 @@ def _loss(run: RunDirectory) -> Figure:
 def _chain(run: RunDirectory, evaluation: Evaluation, baseline: Evaluation | None) -> Figure:
     figure, axes = _axes()
     positions = list(range(len(evaluation.chain)))
-    axes.plot(positions, [100 * p["accuracy"] for p in evaluation.chain], "o-", label="along the chain")
+    metric = evaluation.metric
+    scale = 100 if metric.unit == "fraction" else 1
+    axes.plot(positions, [scale * p[metric.name] for p in evaluation.chain], "o-", label="along the chain")
     if len(evaluation.alone) == len(positions):
-        alone = [100 * p["accuracy"] for p in evaluation.alone]
-        axes.plot(positions, alone, "s", color=_MUTED, fillstyle="none", label="block alone, from pure noise")
+        alone = [scale * p[metric.name] for p in evaluation.alone]
+        axes.plot(positions, alone, "s", color=_MUTED, fillstyle="none", label="block alone")
     # The two levels may coincide: the wide pale line of the baseline stays visible under the dots.
     if baseline is not None:
-        level = 100 * baseline.readouts["accuracy"]
+        level = scale * baseline.value
         axes.axhline(level, linewidth=5, color="tab:orange", alpha=0.45, label="end to end")
-    best = max(evaluation.readouts, key=lambda name: evaluation.readouts[name])
-    axes.axhline(100 * evaluation.readouts[best], linestyle=":", color="black", label=f"best read-out ({best})")
-    axes.set_xticks(positions, [f"block {int(p['block'])}\nσ = {p['sigma']:.3g}" for p in evaluation.chain])
-    axes.set_ylabel(f"accuracy on {evaluation.split}, %")
+    best = evaluation.best
+    axes.axhline(scale * evaluation.readouts[best], linestyle=":", color="black", label=f"best read-out ({best})")
+    axes.set_xticks(positions, [f"block {int(p['block'])}\n{_noise(p)}" for p in evaluation.chain])
+    axes.set_ylabel(f"{metric.title} on {evaluation.split}")
     axes.set_title(f"{run.config.name}: what the chain says at each step", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _noise(point: Point) -> str:
+    return f"σ = {point['sigma']:.3g}" if "sigma" in point else f"t = {point['level']:.3g}"
 
 
 def _axes() -> tuple[Figure, Axes]:

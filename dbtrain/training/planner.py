@@ -8,7 +8,6 @@ saves depends on the kernels and on autocast, so activations are counted on fake
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,23 +17,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dbtrain.config import RunConfig
 from dbtrain.diffusion.codebook import digest
-from dbtrain.diffusion.partition import partition, widen
 from dbtrain.errors import CorruptData
-from dbtrain.models import Family, TrainableModule, family_of
-from dbtrain.plan import BlockPlan, Bytes, DatasetFacts, Kind, NoiseRange, Plan, split_layers
+from dbtrain.models import Family, Piece, TrainableModule, family_of
+from dbtrain.plan import BlockPlan, Bytes, DatasetFacts, Kind, NoiseRange, Plan
 
 
 def make_plan(config: RunConfig, kind: Kind = "blocks", data: DatasetFacts | None = None) -> Plan:
     """The plan of `config`: block-wise, or of its end-to-end baseline (one block that owns every layer)."""
     family = family_of(config)
+    family.check_start(config)
     codebook = family.codebook(config) if kind == "blocks" else None
     blocks = []
     measured: dict[int, tuple[int, Bytes, int]] = {}  # by number of layers: the noise range changes no size
     for index, piece in enumerate(_cut(config, kind)):
         size = piece.layers[1] - piece.layers[0]
         if size not in measured:
-            module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
-            measured[size] = _measure(family, config, module)
+            measured[size] = _measure(family, config, piece, codebook)
         parameters, resident, flops = measured[size]
         blocks.append(
             BlockPlan(
@@ -44,6 +42,7 @@ def make_plan(config: RunConfig, kind: Kind = "blocks", data: DatasetFacts | Non
                 trained=piece.trained,
                 parameters=parameters,
                 bytes=resident,
+                evaluations=piece.evaluations,
                 flops_per_sample=flops,
             )
         )
@@ -53,7 +52,7 @@ def make_plan(config: RunConfig, kind: Kind = "blocks", data: DatasetFacts | Non
         config_sha256=config.digest(),
         codebook_sha256=None if codebook is None else digest(codebook),
         seed=config.seed,
-        steps=config.training.steps,
+        steps=_steps(config, kind),
         batch_size=config.training.batch_size,
         threads=config.resources.threads,
         data=data,
@@ -69,10 +68,9 @@ def check_plan(config: RunConfig, plan: Plan, codebook: Tensor | None) -> None:
     """
     if config.digest() != plan.config_sha256:
         raise CorruptData("config.yaml and plan.json of the run belong to different configurations")
-    training = config.training
     cut = _cut(config, plan.kind)
     if (
-        (plan.seed, plan.steps, plan.batch_size) != (config.seed, training.steps, training.batch_size)
+        (plan.seed, plan.steps, plan.batch_size) != (config.seed, _steps(config, plan.kind), config.training.batch_size)
         or plan.threads != config.resources.threads
         or [block.index for block in plan.blocks] != list(range(len(cut)))
         or not all(_same_piece(block, piece) for block, piece in zip(plan.blocks, cut, strict=True))
@@ -98,23 +96,21 @@ def origin(plan: Plan, index: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Piece:
-    layers: tuple[int, int]
-    noise: NoiseRange | None
-    trained: NoiseRange | None
+def _cut(config: RunConfig, kind: Kind) -> list[Piece]:
+    family = family_of(config)
+    return [family.whole(config)] if kind == "end_to_end" else family.cut(config)
 
 
-def _cut(config: RunConfig, kind: Kind) -> list[_Piece]:
-    if kind == "end_to_end":
-        return [_Piece((0, config.model.depth), None, None)]
-    ranges = partition(config.noise, config.blocks)
-    layers = split_layers(config.model.depth, config.blocks.count, config.blocks.split)
-    trained = widen(ranges, config.blocks.overlap, config.noise)
-    return [_Piece(*piece) for piece in zip(layers, ranges, trained, strict=True)]
+def _steps(config: RunConfig, kind: Kind) -> int:
+    """Optimiser steps: the configured ones for blocks, as many layer-evaluations for the end-to-end network."""
+    if kind == "blocks":
+        return config.training.steps
+    family = family_of(config)
+    blocks = sum(piece.evaluations for piece in family.cut(config))
+    return max(1, round(config.training.steps * blocks / family.whole(config).evaluations))
 
 
-def _same_piece(block: BlockPlan, piece: _Piece) -> bool:
+def _same_piece(block: BlockPlan, piece: Piece) -> bool:
     return (
         block.layers == piece.layers
         and _same_range(block.noise, piece.noise)
@@ -150,12 +146,16 @@ def build_module(
 ) -> TrainableModule:
     """The block's module, or the end-to-end network where the block has no noise range."""
     if trained is None:
-        return family.build_end_to_end(config)
-    return family.build_block(config, layers, trained, codebook)
+        module = family.build_end_to_end(config)
+    else:
+        module = family.build_block(config, layers, trained, codebook)
+    module.recompute = config.training.recompute
+    return module
 
 
-def _measure(family: Family, config: RunConfig, module: TrainableModule) -> tuple[int, Bytes, int]:
-    """Parameters of a module on the meta device, its bytes at the configured micro-batch, and FLOPs a sample."""
+def _measure(family: Family, config: RunConfig, piece: Piece, codebook: Tensor | None) -> tuple[int, Bytes, int]:
+    """Parameters of a piece, its bytes at the configured micro-batch, and FLOPs a sample."""
+    module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
     micro_batch = config.training.batch_size // config.training.accumulate
     parameters = list(module.parameters())
     buffers = sum(b.numel() * b.element_size() for b in module.buffers())
@@ -171,10 +171,25 @@ def _measure(family: Family, config: RunConfig, module: TrainableModule) -> tupl
             # AdamW: two moments a weight, and one float32 step counter a tensor.
             optimiser=2 * weights + 4 * len(parameters),
             ema=weights if config.ema.half_life > 0 else 0,
-            activations=_saved_bytes(family, config, module, micro_batch),
+            activations=_activation_bytes(family, config, piece, codebook, micro_batch),
         ),
         int(counter.get_total_flops()) // micro_batch,
     )
+
+
+def _activation_bytes(
+    family: Family, config: RunConfig, piece: Piece, codebook: Tensor | None, micro_batch: int
+) -> int:
+    """Most bytes that autograd holds at once for the way back."""
+    module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
+    saved = _saved_bytes(family, config, module, micro_batch)
+    if not config.training.recompute:
+        return saved
+    # Beside what is kept, one layer's own activations come back while its gradients are computed.
+    module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
+    module.recompute = False
+    whole = _saved_bytes(family, config, module, micro_batch)
+    return saved + (whole - saved) // round(piece.evaluations)
 
 
 def _saved_bytes(family: Family, config: RunConfig, module: TrainableModule, micro_batch: int) -> int:
@@ -202,5 +217,5 @@ def _loss(family: Family, config: RunConfig, module: TrainableModule, micro_batc
     """The training loss of an example batch, on the module's device."""
     device = next(module.parameters()).device
     batch = family.example_batch(config, micro_batch)
-    draw = module.draw(micro_batch, torch.Generator("cpu"))
+    draw = module.example_draw(micro_batch)
     return module.training_loss(batch, {name: value.to(device) for name, value in draw.items()})

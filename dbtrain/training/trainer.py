@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import BatchLoader
 from dbtrain.data.order import SampleOrder
 from dbtrain.data.shards import ShardSet
-from dbtrain.data.transforms import TrainTransform
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.models import Batch, Draw, family_of
 from dbtrain.randomness import derive_key, generator, step_key
@@ -92,18 +92,21 @@ class BlockTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_key(config.seed, "init", plan.kind, index))
             module = build_module(family, config, block.layers, block.trained, codebook)
+            family.start_from(config, block.layers, module)
         self.module = module.to(self.device).train()
         if config.training.compile:
             self.module.compile()
         self.optimizer = make_optimizer(self.module, config.optimiser)
         self.ema = EMA(self.module, config.ema) if config.ema.half_life > 0 else None
 
-        transform = TrainTransform(
-            config.data.augment, plan.data.mean, plan.data.std, derive_key(config.seed, "augment", index)
-        )
+        scaling = family.scaling(config, plan.data)
+        transform = make_transform(config, plan.data, scaling, derive_key(config.seed, "augment", index))
         order = SampleOrder(shards.rows, config.seed, index)
         self._loader = BatchLoader(shards, order, transform, plan.batch_size, self.device)
 
+        # The end-to-end network may take fewer steps for as many layer-evaluations; its warm-up shrinks with them.
+        warmup = round(config.schedule.warmup_steps * plan.steps / config.training.steps)
+        self._schedule = config.schedule.model_copy(update={"warmup_steps": warmup})
         self.step = 0
         self._skipped = torch.zeros((), device=self.device)  # consecutive non-finite steps
         self._most_skipped = torch.zeros((), device=self.device)
@@ -160,7 +163,7 @@ class BlockTrainer:
             self.plan.batch_size,
             generator(step_key(config.seed, "noise", block=self.index, step=step), self.device),
         )
-        rate = learning_rate(step, self.plan.steps, config.optimiser.lr, config.schedule)
+        rate = learning_rate(step, self.plan.steps, config.optimiser.lr, self._schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=False)

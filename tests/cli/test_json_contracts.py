@@ -88,6 +88,7 @@ def test_evaluate(trained_runs: Path, run_copy: Path) -> None:
     readouts = alone.json()["readouts"]
     assert set(readouts) == {f"{base}{tail}" for base in ("first", "last", "product") for tail in ("", "_mean")}
     assert all(0.0 <= value <= 1.0 for value in readouts.values())
+    assert alone.json()["metric"] == {"name": "accuracy", "unit": "fraction", "better": "higher"}
     assert "baseline" not in alone.json()
     both = dbtrain("evaluate", run_copy, "--baseline", trained_runs / "baseline", "--json").json()
     assert both["readouts"] == readouts

@@ -63,8 +63,8 @@ def test_evaluation_sees_every_row_in_order(shards: Path) -> None:
     transform = EvalTransform(data.manifest.mean, data.manifest.std)
     batches = list(iterate_split(data, transform, batch_size=4))
     assert [len(batch["label"]) for batch in batches] == [4, 4, 2]
-    whole = transform(torch.from_numpy(data.gather("image", np.arange(10))))
-    assert torch.equal(torch.cat([batch["image"] for batch in batches]), whole)
+    whole = transform({"image": torch.from_numpy(data.gather("image", np.arange(10)))})
+    assert torch.equal(torch.cat([batch["image"] for batch in batches]), whole["image"])
     assert torch.cat([batch["label"] for batch in batches]).tolist() == [row % 4 for row in range(10)]
 
 

@@ -225,7 +225,9 @@ def test_a_file_in_the_way(parquet_source: Path, tmp_path: Path) -> None:
         prepare(str(parquet_source), tmp_path / "file" / "shards")
 
 
-@pytest.mark.parametrize(("field", "options"), [("--size", {"size": 0}), ("--channels", {"channels": 2})])
+@pytest.mark.parametrize(
+    ("field", "options"), [("--size", {"size": 0}), ("--channels", {"channels": 2}), ("--length", {"length": 1})]
+)
 def test_impossible_options(parquet_source: Path, tmp_path: Path, field: str, options: dict[str, int]) -> None:
     with pytest.raises(UserError) as caught:
         prepare(str(parquet_source), tmp_path / "shards", **options)  # type: ignore[arg-type]

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_files import random_pixels
 
-from dbtrain.data.manifest import ImageShape, Manifest
+from dbtrain.data.columns import Column, DType, ImageShape, Rows, token_column
+from dbtrain.data.manifest import Manifest, SplitFiles
+from dbtrain.data.prepare import prepare
 from dbtrain.data.shard_writer import HashingFile, SplitWriter, write_shard
 from dbtrain.data.shards import STAMP_FILE, ShardSet, file_sha256
 from dbtrain.errors import CorruptData, UserError
@@ -55,53 +57,83 @@ def test_rows_outside_are_refused(shards: Path, row: int) -> None:
         ShardSet.open(shards, "train").gather("label", np.array([0, row]))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+def write_manifest(folder: Path, columns: tuple[Column, ...], files: SplitFiles) -> None:
+    """A manifest of images in which the test split is the training split."""
+    channels = columns[0].shape[0]
+    manifest = Manifest(
+        source="test",
+        kind="image" if columns[0].dtype == "uint8" else "latent",
+        columns=columns,
+        class_names=("a",),
+        splits={"train": files, "test": files},
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+    )
+    (folder / "manifest.json").write_text(manifest.to_json())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
 @given(
+    dtype=st.sampled_from(["uint8", "float16", "float32"]),
     channels=st.sampled_from([1, 3]),
     size=st.integers(1, 9),
     batches=st.lists(st.integers(0, 30), min_size=1, max_size=6),
     shard_bytes=st.integers(1, 20_000),
 )
-def test_what_goes_in_comes_out(tmp_path: Path, channels: int, size: int, batches: list[int], shard_bytes: int) -> None:
-    image = ImageShape(channels=channels, height=size, width=size)
-    writer = SplitWriter(tmp_path, "train", image, shard_bytes, cold=False)
+def test_what_goes_in_comes_out(
+    tmp_path: Path, dtype: DType, channels: int, size: int, batches: list[int], shard_bytes: int
+) -> None:
+    columns = ImageShape(channels=channels, height=size, width=size).columns(dtype)
+    writer = SplitWriter(tmp_path, "train", columns, shard_bytes, cold=False)
     generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (sum(batches), channels, size, size), dtype=np.uint8)
+    pixels = generator.integers(0, 256, (sum(batches), channels, size, size)).astype(dtype)
     labels = generator.integers(-(2**62), 2**62, sum(batches))
     start = 0
     for count in batches:
-        writer.append(pixels[start : start + count], labels[start : start + count])
+        writer.append({"image": pixels[start : start + count], "label": labels[start : start + count]})
         start += count
     files = writer.finish()
     if files is None:
         assert sum(batches) == 0
         return
     assert files.rows == sum(batches)
-    manifest = Manifest(
-        source="test", image=image, class_names=("a",), splits={"train": files, "test": files},
-        mean=(0.0,) * channels, std=(1.0,) * channels,
-    )  # fmt: skip
-    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    write_manifest(tmp_path, columns, files)
     data = ShardSet.open(tmp_path, "train")
+    assert data.gather("image", np.arange(data.rows)).dtype == np.dtype(dtype)
     assert np.array_equal(data.gather("image", np.arange(data.rows)), pixels)
     assert np.array_equal(data.gather("label", np.arange(data.rows)), labels)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [1, 7, 32, 100])
-def test_shards_are_ordinary_aligned_arrow_files(tmp_path: Path, channels: int, size: int) -> None:
-    image = ImageShape(channels=channels, height=size, width=size)
+@pytest.mark.parametrize(
+    "columns",
+    [
+        *(
+            ImageShape(channels=channels, height=size, width=size).columns()
+            for channels in (1, 3)
+            for size in (1, 7, 32)
+        ),
+        ImageShape(channels=4, height=5, width=5).columns("float16"),
+        ImageShape(channels=4, height=3, width=3).columns("float32"),
+        (token_column(33, 256),),
+        (token_column(33, 257),),
+        (token_column(33, 70_000),),
+    ],
+    ids=lambda columns: str(columns[0]),
+)
+def test_shards_are_ordinary_aligned_arrow_files(tmp_path: Path, columns: tuple[Column, ...]) -> None:
     path = tmp_path / "x.arrow"
     file = HashingFile(path)
-    pixels = np.arange(64 * image.bytes, dtype=np.uint8).reshape(64, -1)
-    write_shard(file, image, pixels, np.arange(64))
+    rows: Rows = {
+        column.name: np.arange(64 * column.size).reshape(64, *column.shape).astype(column.numpy) for column in columns
+    }
+    write_shard(file, columns, rows)
     file.close()
     assert file.bytes == path.stat().st_size
     whole = pa.py_buffer(path.read_bytes())
     reader = pa.ipc.open_file(pa.BufferReader(whole))
     assert reader.num_record_batches == 1
     batch = reader.get_batch(0)
-    assert batch.column("image")[63].as_py() == pixels[63].tobytes()
+    assert batch.column(0)[63].as_py() == rows[columns[0].name][63].tobytes()
     for column in batch.columns:
         buffer = column.buffers()[1]
         assert buffer is not None
@@ -152,9 +184,9 @@ def test_rows_that_do_not_match_the_manifest(shards: Path) -> None:
 def test_shape_that_does_not_match_the_manifest(shards: Path) -> None:
     path = shards / "manifest.json"
     raw = json.loads(path.read_text())
-    raw["image"]["height"] = 5
+    raw["columns"][0]["shape"] = [3, 5, 6]
     path.write_text(json.dumps(raw))
-    with pytest.raises(CorruptData, match="do not hold images of 3x5x6"):
+    with pytest.raises(CorruptData, match=r"not \(image uint8 3x5x6, label int64"):
         ShardSet.open(shards, "train")
 
 
@@ -175,10 +207,19 @@ def test_class_id_outside_the_names(shards: Path) -> None:
         ShardSet.open(shards, "train").verify()
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[", "{}", '{"version": 2}'],
-)
+def test_data_of_the_older_format_has_to_be_prepared_again(shards: Path) -> None:
+    path = shards / "manifest.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"version": 1}))
+    with pytest.raises(UserError, match="older version") as caught:
+        ShardSet.open(shards, "train")
+    assert not isinstance(caught.value, CorruptData)
+    assert f"`dbtrain prepare {raw['source']} --out {shards} --overwrite`" in str(caught.value)
+    prepare(raw["source"], shards, overwrite=True)
+    ShardSet.open(shards, "train").verify()
+
+
+@pytest.mark.parametrize("text", ["", "[", "{}", '{"version": 2}', '{"version": 3}'])
 def test_broken_manifest(shards: Path, text: str) -> None:
     (shards / "manifest.json").write_text(text)
     with pytest.raises(CorruptData, match="is not a manifest"):
@@ -241,23 +282,15 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
     """63 MB of images in 8 MiB shards; image number n has the value n % 251 everywhere."""
-    image = ImageShape(channels=3, height=32, width=32)
-    writer = SplitWriter(tmp_path, "train", image, 8 << 20, cold=False)
+    columns = ImageShape(channels=3, height=32, width=32).columns()
+    writer = SplitWriter(tmp_path, "train", columns, 8 << 20, cold=False)
     for first in range(0, 20480, 2048):
         values = (np.arange(first, first + 2048) % 251).astype(np.uint8)
         pixels = np.broadcast_to(values[:, None, None, None], (2048, 3, 32, 32))
-        writer.append(np.ascontiguousarray(pixels), np.zeros(2048, dtype=np.int64))
+        writer.append({"image": pixels, "label": np.zeros(2048, dtype=np.int64)})
     files = writer.finish()
     assert files is not None
-    manifest = Manifest(
-        source="test",
-        image=image,
-        class_names=("a",),
-        splits={"train": files, "test": files},
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-    )
-    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    write_manifest(tmp_path, columns, files)
     return tmp_path
 
 

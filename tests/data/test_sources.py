@@ -178,8 +178,8 @@ def test_parquet_without_images(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "train.parquet")
-    assert "no image column" in str(failure(tmp_path / "train.parquet", tmp_path))
+    pq.write_table(pa.table({"size": [1.5], "label": [0]}), tmp_path / "train.parquet")
+    assert "no column of images" in str(failure(tmp_path / "train.parquet", tmp_path))
 
 
 def test_parquet_without_rows(tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_missing_source(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello")
-    assert "is not readable as Parquet" in str(failure(tmp_path / "notes.txt", tmp_path))
+    (tmp_path / "notes.doc").write_text("hello")
+    assert "is not readable as Parquet" in str(failure(tmp_path / "notes.doc", tmp_path))
 
 
 # Folders of class folders
@@ -217,6 +217,17 @@ def test_class_folders_hold_a_tenth_out(class_folders: Callable[..., Path], tmp_
     assert manifest.class_names == ("ant", "zebra")
     assert content(tmp_path / "shards", "train")[1] == [0] * 9 + [1] * 18
     assert content(tmp_path / "shards", "test")[1] == [0] + [1] * 2
+
+
+def test_class_folders_may_be_links(class_folders: Callable[..., Path], tmp_path: Path) -> None:
+    root = class_folders({"elsewhere/ant": 10, "elsewhere/bee": 10})
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("ant", "bee"):
+        (linked / name).symlink_to(root / "elsewhere" / name)
+    (linked / "ant" / "loop").symlink_to(linked)
+    (linked / "README.txt").write_text("not a text to learn")
+    assert prepare(str(linked), tmp_path / "shards").class_names == ("ant", "bee")
 
 
 def test_class_folders_with_splits(class_folders: Callable[..., Path], tmp_path: Path) -> None:

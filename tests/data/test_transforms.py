@@ -24,7 +24,7 @@ def test_normalise() -> None:
     expected = (batch.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(
         3, 1, 1
     )
-    found = EvalTransform(mean, std)(batch)
+    found = EvalTransform(mean, std)({"image": batch})["image"]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -54,26 +54,30 @@ def test_a_sample_does_not_depend_on_the_batch_around_it() -> None:
     batch = images(60)
     positions = np.arange(1000, 1060)
     transform = TrainTransform(EVERYTHING, (0.5,) * 3, (0.25,) * 3, key=11)
-    whole = transform(batch, positions)
+    whole = transform({"image": batch}, positions)["image"]
     order = np.random.default_rng(0).permutation(60)
-    parts = torch.cat([transform(batch[part], positions[part]) for part in np.array_split(order, 7)])
+    split = np.array_split(order, 7)
+    parts = torch.cat([transform({"image": batch[part]}, positions[part])["image"] for part in split])
     assert torch.equal(parts, whole[order])
 
 
 def test_keys_and_positions_differ() -> None:
     batch = images(1).expand(50, -1, -1, -1)
     transform = TrainTransform(EVERYTHING, (0.5,) * 3, (0.25,) * 3, key=1)
-    first, later = transform(batch, np.arange(50)), transform(batch, np.arange(50, 100))
-    other = TrainTransform(EVERYTHING, (0.5,) * 3, (0.25,) * 3, key=2)(batch, np.arange(50))
+    other = TrainTransform(EVERYTHING, (0.5,) * 3, (0.25,) * 3, key=2)
+    first, later, other_key = (
+        made({"image": batch}, np.arange(start, start + 50))["image"]
+        for made, start in ((transform, 0), (transform, 50), (other, 0))
+    )
     assert not torch.equal(first, later)
-    assert not torch.equal(first, other)
+    assert not torch.equal(first, other_key)
     assert len({image.numpy().tobytes() for image in first}) > 40
 
 
 def test_input_is_left_alone() -> None:
     batch = images(20)
     before = batch.clone()
-    TrainTransform(EVERYTHING, (0.5,) * 3, (0.25,) * 3, key=1)(batch, np.arange(20))
+    TrainTransform(EVERYTHING, (0.5,) * 3, (0.25,) * 3, key=1)({"image": batch}, np.arange(20))
     assert torch.equal(batch, before)
 
 

@@ -13,7 +13,7 @@ import dbtrain
 from dbtrain.config import RunConfig
 from dbtrain.data.shards import ShardSet
 from dbtrain.inference.classify import Classifier
-from dbtrain.inference.runs import classifier_of
+from dbtrain.inference.runs import model_of
 from dbtrain.run_directory import RunDirectory
 
 
@@ -28,7 +28,7 @@ def trained(small_config: Callable[..., RunConfig], tmp_path_factory: pytest.Tem
         chain={"start_noises": 3, "readout": "first_mean"},
     )
     run = train_all(start_run(config, tmp_path_factory.mktemp("runs") / "blocks"))
-    classifier_of(run)
+    model_of(run)
     return run
 
 
@@ -37,7 +37,7 @@ def baseline(small_config: Callable[..., RunConfig], tmp_path_factory: pytest.Te
     """An assembled end-to-end run; read only."""
     config = small_config(training={"steps": 20})
     run = train_all(start_run(config, tmp_path_factory.mktemp("runs") / "baseline", "end_to_end"))
-    classifier_of(run)
+    model_of(run)
     return run
 
 
@@ -49,7 +49,9 @@ def own_run(trained: RunDirectory, tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture(scope="session")
 def classifier(trained: RunDirectory) -> Classifier:
-    return dbtrain.load(trained.uri)
+    front = dbtrain.load(trained.uri)
+    assert isinstance(front, Classifier)
+    return front
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def test_more_images_than_fit_at_once(classifier: Classifier, pictures: Pictures
 
 @pytest.mark.parametrize("name", READOUTS)
 def test_read_outs(classifier: Classifier, pictures: Pictures, name: str) -> None:
-    images = classifier._transform(torch.from_numpy(pictures)[:, None])
+    images = classifier.normalise(torch.from_numpy(pictures)[:, None])
     zeros = np.zeros(12, np.int64)
     traces = [classifier.trace(images, zeros, noise) for noise in range(3 if name.endswith("_mean") else 1)]
     assert [len(trace.log_probs) for trace in traces] == [3] * len(traces)

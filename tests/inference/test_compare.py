@@ -10,11 +10,13 @@ from small_runs import start_run
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
 from dbtrain.inference.compare import check_baseline, compare, side
-from dbtrain.inference.evaluate import Evaluation
+from dbtrain.inference.evaluation import ACCURACY, Evaluation
 from dbtrain.run_directory import RunDirectory
 
-OURS = Evaluation("blocks", "test", 10, {"first": 0.5, "first_mean": 0.6, "product": 0.8}, "first_mean", (), ())
-THEIRS = Evaluation("end_to_end", "test", 10, {"accuracy": 0.7}, "accuracy", (), ())
+OURS = Evaluation(
+    "blocks", "test", 10, ACCURACY, {"first": 0.5, "first_mean": 0.6, "product": 0.8}, "first_mean", (), ()
+)
+THEIRS = Evaluation("end_to_end", "test", 10, ACCURACY, {"accuracy": 0.7}, "accuracy", (), ())
 
 
 @pytest.fixture
@@ -31,8 +33,9 @@ def _journal(run: RunDirectory, *lines: tuple[float, str] | tuple[float, str, in
 def test_side_by_side(runs: tuple[RunDirectory, RunDirectory]) -> None:
     ours, theirs = runs
     found = compare(ours, OURS, theirs, THEIRS)
-    assert (found["run"]["accuracy"], found["run"]["best"], found["run"]["best_readout"]) == (0.6, 0.8, "product")
-    assert found["baseline"]["accuracy"] == found["baseline"]["best"] == 0.7
+    assert (found["run"]["value"], found["run"]["best"], found["run"]["best_readout"]) == (0.6, 0.8, "product")
+    assert found["metric"]["better"] == "higher"
+    assert found["baseline"]["value"] == found["baseline"]["best"] == 0.7
     assert found["run"]["layer_evaluations"] == found["baseline"]["layer_evaluations"] == 4 * 60 * 16
     assert found["run"]["largest_worker_bytes"] == ours.plan.blocks[0].bytes.total
     assert found["run"]["largest_worker_bytes"] < found["baseline"]["largest_worker_bytes"]

@@ -15,15 +15,17 @@ from dbtrain.data.loader import iterate_split
 from dbtrain.data.shards import ShardSet
 from dbtrain.data.transforms import EvalTransform
 from dbtrain.errors import CorruptData, UserError
+from dbtrain.inference.accuracy import evaluate_classifier
 from dbtrain.inference.classify import Classifier
-from dbtrain.inference.evaluate import Evaluation, evaluate
-from dbtrain.inference.runs import EVALUATION, classifier_of, evaluation_of
+from dbtrain.inference.evaluate import evaluate
+from dbtrain.inference.evaluation import ACCURACY, Evaluation
+from dbtrain.inference.runs import EVALUATION, evaluation_of, model_of
 from dbtrain.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
 def evaluation(classifier: Classifier) -> Evaluation:
-    return evaluate(classifier)
+    return evaluate(classifier.model)
 
 
 def test_numbers_against_a_recount(classifier: Classifier, evaluation: Evaluation, digits: Path) -> None:
@@ -53,23 +55,26 @@ def test_numbers_against_a_recount(classifier: Classifier, evaluation: Evaluatio
         assert point["cross_entropy"] == pytest.approx(sum(nats) / 3, rel=1e-4)
         assert (point["block"], point["sigma"]) == (traces[0].blocks[step], traces[0].sigmas[step])
     assert [point["block"] for point in evaluation.alone] == [0, 1, 2]
-    assert [point["sigma"] for point in evaluation.alone] == [own.high for own in classifier.ranges]
+    assert [point["sigma"] for point in evaluation.alone] == [own.high for own in classifier.model.ranges]
     # The first block has nobody before it: in the chain, from the same noise, it says what it says alone.
     first = -float(traces[0].log_probs[0].gather(1, labels[:, None]).mean())
     assert evaluation.alone[0]["cross_entropy"] == pytest.approx(first, rel=1e-4)
 
 
-def test_batches_and_progress(classifier: Classifier, evaluation: Evaluation) -> None:
+def test_batches_and_progress(classifier: Classifier, evaluation: Evaluation, digits: Path) -> None:
+    shards = ShardSet.open(digits, "test")
     seen: list[tuple[int, int]] = []
-    again = evaluate(classifier, batch_size=100, progress=lambda done, total: seen.append((done, total)))
+    again = evaluate_classifier(
+        classifier, shards, batch_size=100, progress=lambda done, total: seen.append((done, total))
+    )
     assert again.readouts == pytest.approx(evaluation.readouts, abs=1.01 / again.rows)
     assert seen[0] == (100, again.rows)
     assert seen[-1] == (again.rows, again.rows)
 
 
 def test_a_baseline(baseline: RunDirectory) -> None:
-    found = evaluate(dbtrain.load(baseline.uri))
-    assert found.readouts.keys() == {"accuracy"}
+    found = evaluate(dbtrain.load(baseline.uri).model)
+    assert (found.readouts.keys(), found.metric) == ({"accuracy"}, ACCURACY)
     assert (found.kind, found.predict, found.chain, found.alone) == ("end_to_end", "accuracy", (), ())
 
 
@@ -122,7 +127,7 @@ def test_other_data(classifier: Classifier, digits: Path, tmp_path: Path) -> Non
     manifest["class_names"] = [f"digit {name}" for name in manifest["class_names"]]
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"--data = .*not those the model was trained on"):
-        evaluate(classifier, data=other)
+        evaluate(classifier.model, data=other)
 
 
 def test_changed_shards(classifier: Classifier, digits: Path, tmp_path: Path) -> None:
@@ -133,16 +138,16 @@ def test_changed_shards(classifier: Classifier, digits: Path, tmp_path: Path) ->
     path.chmod(0o644)
     path.write_bytes(data)
     with pytest.raises(CorruptData, match="shard"):
-        evaluate(classifier, data=changed)
+        evaluate(classifier.model, data=changed)
 
 
 def test_renewed_chain_settings_reach_the_model(own_run: RunDirectory) -> None:
     chain = own_run.config.chain.model_copy(update={"readout": "last", "start_noises": 2})
-    before = classifier_of(own_run)
+    before = model_of(own_run)
     renewed = RunDirectory.create_or_resume(
         own_run.uri, own_run.config.model_copy(update={"chain": chain}), own_run.plan
     )
-    after = classifier_of(renewed)
+    after = model_of(renewed)
     assert after.config.chain == chain
-    assert after.model.sha256 == before.model.sha256
+    assert after.sha256 == before.sha256
     assert evaluation_of(renewed).predict == "last"

@@ -29,7 +29,7 @@ def test_shards_that_have_moved(own_run: RunDirectory, baseline: RunDirectory, d
     Path(own_run.uri, "evaluation.json").unlink()
     with pytest.raises(UserError, match="--data"):
         _answer("compare", own_run.uri, theirs)
-    assert set(_answer("compare", own_run.uri, theirs, "--data", moved)) == {"run", "baseline"}
+    assert set(_answer("compare", own_run.uri, theirs, "--data", moved)) == {"metric", "run", "baseline"}
     Path(own_run.uri, "evaluation.json").unlink()
     assert set(_answer("figures", own_run.uri, "--data", moved)) == {"loss.png", "chain.png"}
 

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from dbtrain.models.layers import FinalNorm, NoiseEmbedding, SelfAttention, TransformerLayer, initialise, patchify
+from dbtrain.models.layers import (
+    FinalNorm,
+    NoiseEmbedding,
+    SelfAttention,
+    TransformerLayer,
+    initialise,
+    patchify,
+    rotary_table,
+    rotate,
+)
 
 
 def test_patchify_against_a_loop() -> None:
@@ -35,6 +44,30 @@ def test_attention_against_its_formula() -> None:
         scores = q[..., head] @ k[..., head].transpose(1, 2) / 4**0.5
         heads.append(scores.softmax(dim=-1) @ v[..., head])
     torch.testing.assert_close(attention(x), attention.out(torch.cat(heads, dim=-1)))
+
+
+def test_rotary_attention_sees_distances_alone() -> None:
+    torch.manual_seed(0)
+    attention = SelfAttention(8, heads=2, dropout=0.0).eval()
+    x, table = torch.randn(3, 5, 8), rotary_table(4, 12)
+    near = attention(x, table[:, :5])
+    torch.testing.assert_close(attention(x, table[:, 7:]), near)
+    assert (attention(x, table[:, [0, 1, 2, 3, 9]]) - near).abs().max() > 1e-3
+    # Without positions, attention cannot tell the order of what it attends to.
+    order = [0, 3, 1, 4, 2]
+    torch.testing.assert_close(attention(x[:, order]), attention(x)[:, order])
+    assert (attention(x[:, order], table[:, :5]) - near[:, order]).abs().max() > 1e-3
+
+
+def test_rotation_by_hand() -> None:
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(1))
+    turned = rotate(x, rotary_table(4, 5, theta=100.0))
+    for position in range(5):
+        for pair, wavelength in ((0, 1.0), (1, 10.0)):
+            a, b = x[..., position, pair], x[..., position, pair + 2]
+            angle = torch.tensor(position / wavelength)
+            torch.testing.assert_close(turned[..., position, pair], a * angle.cos() - b * angle.sin())
+            torch.testing.assert_close(turned[..., position, pair + 2], b * angle.cos() + a * angle.sin())
 
 
 def test_fresh_conditioned_layer_is_the_identity() -> None:

@@ -85,7 +85,7 @@ def test_codebook_is_frozen(small_config: SmallConfig) -> None:
 
 def test_every_parameter_learns(small_config: SmallConfig) -> None:
     config = small_config(model={"dropout": 0.0})
-    for module in (_block(config), ViTEndToEnd(config.model)):
+    for module in (_block(config), ViTEndToEnd(config)):
         start = {name: p.detach().clone() for name, p in module.named_parameters()}
         _train_a_little(module, 4)
         for name, parameter in module.named_parameters():

@@ -11,14 +11,14 @@ from PIL import Image
 from small_runs import start_run, train_block
 
 from dbtrain.config import RunConfig
-from dbtrain.inference.evaluate import Evaluation
+from dbtrain.inference.evaluation import ACCURACY, Evaluation
 from dbtrain.monitoring.figures import draw_figures, loss_curve
 from dbtrain.run_directory import RunDirectory
 
 SmallConfig = Callable[..., RunConfig]
 POINTS = tuple({"block": i, "sigma": 10.0 / 4**i, "accuracy": 0.5, "cross_entropy": 1.0} for i in range(3))
-OURS = Evaluation("blocks", "test", 10, {"first": 0.5, "product": 0.8}, "first", POINTS, POINTS)
-THEIRS = Evaluation("end_to_end", "test", 10, {"accuracy": 0.7}, "accuracy", (), ())
+OURS = Evaluation("blocks", "test", 10, ACCURACY, {"first": 0.5, "product": 0.8}, "first", POINTS, POINTS)
+THEIRS = Evaluation("end_to_end", "test", 10, ACCURACY, {"accuracy": 0.7}, "accuracy", (), ())
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_what_there_is_nothing_to_say_of(run: RunDirectory, small_config: SmallC
 
 
 def test_more_steps_than_blocks(run: RunDirectory) -> None:
-    longer = Evaluation("blocks", "test", 10, {"first": 0.5}, "first", (*POINTS, *POINTS), POINTS)
+    longer = Evaluation("blocks", "test", 10, ACCURACY, {"first": 0.5}, "first", (*POINTS, *POINTS), POINTS)
     assert "chain.png" in draw_figures(run, longer)
 
 

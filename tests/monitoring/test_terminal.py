@@ -25,6 +25,7 @@ def make_plan() -> Plan:
             trained=noise,
             parameters=1,
             bytes=NO_BYTES,
+            evaluations=1,
             flops_per_sample=1,
         )
         for index, noise in enumerate(ranges)

@@ -1,5 +1,5 @@
-"""Where images come from: one file a kind of source."""
+"""Where rows come from: one file a kind of source."""
 
-from dbtrain.data.sources.base import Images, ImageSource, SourceOptions, open_source
+from dbtrain.data.sources.base import Source, SourceOptions
 
-__all__ = ["ImageSource", "Images", "SourceOptions", "open_source"]
+__all__ = ["Source", "SourceOptions"]

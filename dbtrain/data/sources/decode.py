@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dbtrain.data.manifest import ImageShape
-from dbtrain.data.sources.base import Images, SourceOptions
+from dbtrain.data.columns import ImageShape, Rows
+from dbtrain.data.sources.base import SourceOptions, image_rows, one_line
 from dbtrain.errors import UserError
 
 _BATCH = 256
@@ -93,13 +93,13 @@ class Decoder:
         pixels = np.asarray(picture)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    def batches(self, items: Iterable[Encoded]) -> Iterator[Images]:
+    def batches(self, items: Iterable[Encoded]) -> Iterator[Rows]:
         """Decode in order, a few hundred images at a time, on all cores (decoders release Python's lock)."""
         stream = iter(items)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             while chunk := list(islice(stream, _BATCH)):
                 images = np.stack(list(pool.map(self.decode, chunk)))
-                yield images, np.array([item.label for item in chunk], dtype=np.int64)
+                yield image_rows(images, np.array([item.label for item in chunk], dtype=np.int64))
 
 
 def open_upright(encoded: Encoded) -> Image.Image:
@@ -109,7 +109,7 @@ def open_upright(encoded: Encoded) -> Image.Image:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         picture.load()
     except _DECODER_ERRORS as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, UnidentifiedImageError):
             reason = "no known image format"
         raise UserError(

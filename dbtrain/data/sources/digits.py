@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
-from dbtrain.data.manifest import ImageShape, Split
-from dbtrain.data.sources.base import Images, holdout
+from dbtrain.data.columns import ImageShape, Rows
+from dbtrain.data.manifest import Split
+from dbtrain.data.sources.base import holdout, image_rows
 from dbtrain.errors import UserError
 
 _TEST_FRACTION = 0.2
 _FULL_INTENSITY = 16
+_SHAPE = ImageShape(channels=1, height=8, width=8)
 
 
 class Digits:
     """The digits, with a fifth of every class for testing."""
 
     name = "digits"
-    image = ImageShape(channels=1, height=8, width=8)
+    kind: Literal["image"] = "image"
+    columns = _SHAPE.columns()
     class_names = tuple(str(digit) for digit in range(10))
 
     def __init__(self) -> None:
@@ -33,7 +37,7 @@ class Digits:
             ) from None
         bunch = load_digits()
         scaled = np.rint(bunch.images * (255 / _FULL_INTENSITY)).astype(np.uint8)
-        self._images = scaled.reshape(-1, 1, self.image.height, self.image.width)
+        self._images = scaled.reshape(-1, 1, _SHAPE.height, _SHAPE.width)
         self._labels = bunch.target.astype(np.int64)
         test = holdout(self._labels, _TEST_FRACTION)
         self._members = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
@@ -42,7 +46,7 @@ class Digits:
         """Number of images in a split."""
         return len(self._members[split])
 
-    def batches(self, split: Split) -> Iterator[Images]:
+    def batches(self, split: Split) -> Iterator[Rows]:
         """All images of a split at once: they are few."""
         members = self._members[split]
-        yield self._images[members], self._labels[members]
+        yield image_rows(self._images[members], self._labels[members])

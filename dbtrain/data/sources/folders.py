@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from dbtrain.data.columns import Rows
 from dbtrain.data.manifest import Split
-from dbtrain.data.sources.base import Images, SourceOptions, holdout
+from dbtrain.data.sources.base import HELD_OUT, TEST_NAMES, SourceOptions, holdout
 from dbtrain.data.sources.decode import Decoder, Encoded
 from dbtrain.errors import UserError
 
-_TEST_NAMES = ("test", "validation", "val", "valid")
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-_TEST_FRACTION = 0.1
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 _LAYOUT = "a folder of class folders is root/<class>/*.png, or root/train/<class>/*.png with root/test/..."
 
@@ -22,10 +22,12 @@ _LAYOUT = "a folder of class folders is root/<class>/*.png, or root/train/<class
 class ClassFolders:
     """Image files whose folder names their class; without a test folder, a tenth of each is held out."""
 
+    kind: Literal["image"] = "image"
+
     def __init__(self, root: Path, options: SourceOptions):
         self.name = str(root)
         train = root / "train"
-        test = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
+        test = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
         if train.is_dir() != (test is not None):
             raise UserError(
                 f"has a {'train' if test is None else test.name} folder without the other split",
@@ -41,20 +43,20 @@ class ClassFolders:
             self._splits = {"train": self._files(train), "test": self._files(test)}
         else:
             files = self._files(root)
-            held = holdout(np.array([label for _, label in files], dtype=np.int64), _TEST_FRACTION)
+            held = holdout(np.array([label for _, label in files], dtype=np.int64), HELD_OUT)
             self._splits = {
                 "train": [file for file, out in zip(files, held, strict=True) if not out],
                 "test": [file for file, out in zip(files, held, strict=True) if out],
             }
         path, label = (self._splits["train"] or self._splits["test"])[0]
         self._decoder = Decoder(Encoded(path, str(path), label), options)
-        self.image = self._decoder.image
+        self.columns = self._decoder.image.columns()
 
     def rows(self, split: Split) -> int:
         """Number of images in a split."""
         return len(self._splits[split])
 
-    def batches(self, split: Split) -> Iterator[Images]:
+    def batches(self, split: Split) -> Iterator[Rows]:
         """All images of a split, by class name, then file name."""
         return self._decoder.batches(Encoded(path, str(path), label) for path, label in self._splits[split])
 
@@ -70,7 +72,7 @@ class ClassFolders:
         found = []
         for label, name in enumerate(self.class_names):
             inside = (root / name).rglob("*")
-            files = sorted(path for path in inside if path.suffix.lower() in _SUFFIXES and path.is_file())
+            files = sorted(path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
             if not files and (root / name).is_dir():
                 raise UserError(
                     "the class folder holds no images",

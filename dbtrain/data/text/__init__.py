@@ -1,0 +1,1 @@
+"""Text: documents, tokenizers, and how both become windows of tokens."""

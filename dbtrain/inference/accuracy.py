@@ -1,0 +1,111 @@
+"""Accuracy of an assembled classifier: every read-out, every step of the chain, every block alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dbtrain.config import READOUTS
+from dbtrain.data.batches import make_transform
+from dbtrain.data.loader import iterate_split
+from dbtrain.data.shards import ShardSet
+from dbtrain.diffusion.chain import read_out
+from dbtrain.inference.classify import Classifier
+from dbtrain.inference.evaluation import ACCURACY, Evaluation, Point, Progress
+from dbtrain.models import family_of
+
+
+class _Tally:
+    """Running sums of hits and cross-entropy by name."""
+
+    def __init__(self) -> None:
+        self._hits: dict[str, float] = {}
+        self._nats: dict[str, float] = {}
+
+    def add(self, name: str, probabilities: Tensor, labels: Tensor, share: float = 1.0) -> None:
+        """Take in a batch; `share` weighs it where several noises are averaged."""
+        hits = (probabilities.argmax(dim=-1) == labels).sum()
+        nats = -probabilities.gather(1, labels[:, None]).clamp_min(1e-30).log().sum()
+        self._hits[name] = self._hits.get(name, 0.0) + share * float(hits)
+        self._nats[name] = self._nats.get(name, 0.0) + share * float(nats)
+
+    def means(self, name: str, rows: int) -> tuple[float, float]:
+        """Accuracy and mean cross-entropy."""
+        return self._hits[name] / rows, self._nats[name] / rows
+
+
+def evaluate_classifier(
+    classifier: Classifier, shards: ShardSet, *, batch_size: int = 500, progress: Progress | None = None
+) -> Evaluation:
+    """Accuracy on the rows of `shards`. `alone` is a block from pure noise at the top of its own range: what it knows
+    of the image when nobody walked before it."""
+    model = classifier.model
+    facts = model.plan.data
+    assert facts is not None
+    transform = make_transform(model.config, facts, family_of(model.config).scaling(model.config, facts), None)
+    tally, steps, seen = _Tally(), [], 0
+    with torch.inference_mode():
+        for batch in iterate_split(shards, transform, batch_size, model.device):
+            images, labels = batch["image"], batch["label"]
+            positions = np.arange(seen, seen + len(labels), dtype=np.int64)
+            if model.end_to_end:
+                tally.add("accuracy", classifier.logits(images).softmax(dim=-1), labels)
+            else:
+                steps = _evaluate_chain(classifier, images, labels, positions, tally)
+                _evaluate_alone(classifier, images, labels, positions, tally)
+            seen += len(labels)
+            if progress is not None:
+                progress(seen, shards.rows)
+    names = ("accuracy",) if model.end_to_end else READOUTS
+    return Evaluation(
+        kind=model.plan.kind,
+        split=shards.split,
+        rows=seen,
+        metric=ACCURACY,
+        readouts={name: tally.means(name, seen)[0] for name in names},
+        predict="accuracy" if model.end_to_end else model.config.chain.readout,
+        chain=tuple(
+            _point(block, sigma, tally.means(f"step {index}", seen)) for index, (block, sigma) in enumerate(steps)
+        ),
+        alone=tuple(
+            _point(index, own.high, tally.means(f"alone {index}", seen)) for index, own in enumerate(model.ranges)
+        ),
+    )
+
+
+def _point(block: int, sigma: float, means: tuple[float, float]) -> Point:
+    return {"block": block, "sigma": sigma, "accuracy": means[0], "cross_entropy": means[1]}
+
+
+def _evaluate_chain(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    positions: np.ndarray[Any, np.dtype[np.int64]],
+    tally: _Tally,
+) -> list[tuple[int, float]]:
+    """Count every read-out and step for one batch; returns the chain's (block, sigma) steps."""
+    noises = classifier.config.chain.start_noises
+    traces = [classifier.trace(images, positions, noise) for noise in range(noises)]
+    for name in READOUTS:
+        tally.add(name, read_out(traces, name), labels)
+    for trace in traces:
+        for index, log_probs in enumerate(trace.log_probs):
+            tally.add(f"step {index}", log_probs.exp(), labels, share=1 / noises)
+    return list(zip(traces[0].blocks, traces[0].sigmas, strict=True))
+
+
+def _evaluate_alone(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    positions: np.ndarray[Any, np.dtype[np.int64]],
+    tally: _Tally,
+) -> None:
+    noise = classifier.start(positions, 0)
+    for index, own in enumerate(classifier.model.ranges):
+        said = classifier.log_probs(images, index, own.high * noise, own.high)
+        tally.add(f"alone {index}", said.exp(), labels)

@@ -1,0 +1,81 @@
+"""What an evaluation says, whatever the family: a metric with its direction, by read-out, by step, by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from dbtrain.plan import Kind
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured."""
+
+    name: str
+    unit: Literal["fraction", "bits", "distance"]
+    better: Literal["higher", "lower"]
+
+    def show(self, value: float) -> str:
+        """For people: fractions in percent."""
+        return f"{100 * value:.2f}" if self.unit == "fraction" else f"{value:.4f}"
+
+    @property
+    def title(self) -> str:
+        """Name with the unit of `show`."""
+        return self.name.replace("_", " ") + (", %" if self.unit == "fraction" else "")
+
+
+ACCURACY = Metric("accuracy", "fraction", "higher")
+FRECHET_DISTANCE = Metric("frechet_distance", "distance", "lower")
+BITS_PER_BYTE = Metric("bits_per_byte", "bits", "lower")
+BITS_PER_CHARACTER = Metric("bits_per_character", "bits", "lower")
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+Point = dict[str, float]
+"""What one step or one block says: `block`, its noise level (`sigma`, or `level` for masks), the metric by its name,
+and what else there is to say, such as `cross_entropy` in nats."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metric on one split, and where it comes from."""
+
+    kind: Kind
+    split: str
+    rows: int
+    """Rows of the split that were used."""
+    metric: Metric
+    readouts: dict[str, float]
+    """The metric by read-out; a single entry, named like the metric, where there is no choice."""
+    predict: str
+    """The read-out that the model uses when it is asked for an answer."""
+    chain: tuple[Point, ...] = ()
+    """One entry a step of the chain."""
+    alone: tuple[Point, ...] = ()
+    """One entry a block without the blocks before it."""
+    also: dict[str, float] = field(default_factory=dict)
+    """Other figures, by name."""
+
+    @property
+    def value(self) -> float:
+        """The metric of the read-out in use."""
+        return self.readouts[self.predict]
+
+    @property
+    def best(self) -> str:
+        """The read-out that does best on this very split."""
+        choose = max if self.metric.better == "higher" else min
+        return choose(self.readouts, key=lambda name: self.readouts[name])
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Evaluation:
+        """What `as_json` gave, after a round trip through JSON. Raises TypeError or KeyError if it is not that."""
+        made = {**plain, "metric": Metric(**plain["metric"])}
+        return cls(**{**made, "chain": tuple(plain["chain"]), "alone": tuple(plain["alone"])})
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)

@@ -1,0 +1,270 @@
+"""Llama-style language models: the denoising block, and the end-to-end network on the same layers.
+
+A block sees the clean tokens before position i and a noisy code z = y + sigma * eps of token x_i (y a row of the frozen
+codebook) and predicts x_i. `dbtrain.models.llama` says how the clean and the noisy stream go through one layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dbtrain.config import RunConfig
+from dbtrain.diffusion.codebook import make_codebook
+from dbtrain.diffusion.noise import NoiseDistribution
+from dbtrain.diffusion.precondition import c_in, c_noise, weights
+from dbtrain.model_config import CausalLMConfig, LlamaConfig
+from dbtrain.models.family import Batch, Draw, Family, TrainableModule, register
+from dbtrain.models.layers import NoiseEmbedding, apply_layers, initialise, modulate
+from dbtrain.models.llama import KVCache, LlamaLayer, Rotary, Streams, noisy_mask
+from dbtrain.models.pretrained import Checkpoint, codebook_of_checkpoint, start_from_checkpoint
+from dbtrain.plan import NoiseRange
+
+CONDITION = 64
+"""Size of the noise condition. It stands for one number, and each noisy token has its own: a wide one costs much."""
+
+
+class TokenModel(TrainableModule):
+    """What blocks and the end-to-end network have in common: embedding, rotary positions, final norm and head."""
+
+    def __init__(self, model: LlamaConfig):
+        super().__init__()
+        self.model = model
+        self.embed_tokens = nn.Embedding(model.vocab_size, model.width)
+        self.rotary = Rotary(model)
+        self.norm = nn.RMSNorm(model.width, model.norm_eps)
+        self.lm_head = None if model.tie_head else nn.Linear(model.width, model.vocab_size, bias=False)
+
+    def head(self, x_ntd: Tensor) -> Tensor:
+        """Logits (..., V) of normed tokens."""
+        matrix = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(x_ntd, matrix)
+
+    def shifted(self, tokens_nl: Tensor) -> Tensor:
+        """The input that predicts a row: the begin token, then the row without its last token."""
+        begin = torch.full_like(tokens_nl[:, :1], self.model.begin)
+        return torch.cat([begin, tokens_nl[:, :-1]], dim=1)
+
+
+class CausalLMBlock(TokenModel):
+    """One denoising block, complete: private embedding, code stem and noise embedding, its layers, private head."""
+
+    codebook: Tensor
+
+    def __init__(
+        self, config: RunConfig, num_layers: int, trained: NoiseRange, codebook: Tensor, clean_loss: float = 0.0
+    ):
+        """`trained` is the range of noise levels the loss draws from; `codebook` (vocabulary, width) is frozen."""
+        model = config.model
+        assert isinstance(model, LlamaConfig)
+        super().__init__(model)
+        self.noise, self.clean_loss = config.noise, clean_loss
+        self.trained = trained
+        self.distribution = NoiseDistribution.from_config(config.noise)
+        self.code_stem = nn.Linear(codebook.shape[1], model.width)
+        self.noise_embedding = NoiseEmbedding(CONDITION)
+        self.layers = nn.ModuleList(LlamaLayer(model, condition=CONDITION) for _ in range(num_layers))
+        self.norm_modulation = nn.Linear(CONDITION, 2 * model.width)
+        self.register_buffer("codebook", codebook, persistent=False)
+        initialise_tokens(self)
+        # Noise on the way in would drown the token before, and with it most of what the block can know at first.
+        nn.init.zeros_(self.code_stem.weight)
+
+    def forward(self, tokens_nl: Tensor, z_nld: Tensor, sigma_nl: Tensor, *, clean: bool = False) -> Tensor:
+        """Logits (N, L, V) of each token x_i, given those before it and its noisy code.
+
+        Args:
+            tokens_nl: the rows; x_i itself has no influence on what is said of it.
+            z_nld: noisy codes.
+            sigma_nl: their noise levels, (N, L), or (N, 1) for one a row.
+            clean: append what the clean stream says of the same tokens: (N, 2 L, V).
+        """
+        inputs = self.shifted(tokens_nl)
+        condition, embedded = self._condition(sigma_nl), self.embed_tokens(inputs)
+        length = inputs.shape[1]
+        rotation = self.rotary(slice(0, length + 1))
+        rest = (condition, rotation, noisy_mask(length, embedded))
+        entering, before = self._enter(embedded, rotation[:, :-1])
+        x = (entering, self._noisy_tokens(before, z_nld, sigma_nl))
+        streams = [layer.two_streams for layer in self._layers()]
+        x = apply_layers(streams[:-1], x, *rest, recompute=self.recompute)
+        x_clean, x_noisy = apply_layers(streams[-1:], x, *rest, clean, recompute=self.recompute)
+        normed = self._norm_noisy(x_noisy, condition)
+        if clean:
+            normed = torch.cat([normed, self.norm(x_clean)], dim=1)
+        return self.head(normed)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
+        """sigma (N, L), each token's own, from the training range, and eps (N, L, code width) from N(0, I)."""
+        shape = (batch_size, self.model.length)
+        sigma = self.distribution.sample(self.trained, shape[0] * shape[1], generator).view(shape)
+        eps = torch.randn((*shape, self.codebook.shape[1]), generator=generator, device=generator.device)
+        return {"sigma": sigma, "eps": eps}
+
+    def training_loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """Mean over tokens of the weighted cross-entropy, each at its own noise level; with `model.clean_loss`, plus
+        that many times the ordinary cross-entropy of the clean stream."""
+        tokens, sigma = batch["tokens"], draw["sigma"]
+        z = self.codebook[tokens] + sigma[..., None] * draw["eps"]
+        with_clean = self.clean_loss > 0
+        logits = self(tokens, z, sigma, clean=with_clean)
+        factors = weights(self.noise.weight, sigma, self.noise.sigma_data)
+        if with_clean:
+            factors = torch.cat([factors, torch.full_like(sigma, self.clean_loss)], dim=1)
+            tokens = torch.cat([tokens, tokens], dim=1)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+        return (factors.flatten() * losses).sum() / sigma.numel()
+
+    def start_cache(self, batch_size: int) -> KVCache:
+        """A cache for rows of up to `length` tokens, which has read the begin token."""
+        cache = KVCache(self.model, len(self.layers), batch_size, self.embed_tokens.weight)
+        begin = torch.full((batch_size, 1), self.model.begin, device=self.embed_tokens.weight.device)
+        self.read(cache, begin)
+        return cache
+
+    def read(self, cache: KVCache, tokens_nt: Tensor, counts_n: Tensor | None = None) -> None:
+        """Append clean tokens to the cache: of row n the first counts_n[n], or all where that is not given."""
+        where = cache.place(tokens_nt, counts_n)
+        x, rotation = self.embed_tokens(tokens_nt), self.rotary(where.positions)
+        for index, layer in enumerate(self._layers()):
+            x = layer.read(x, rotation, cache, index, where)
+        cache.advance(tokens_nt, where)
+
+    def denoise(self, cache: KVCache, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
+        """Logits (N, V) of each row's next token, given its noisy code at noise level sigma (N,)."""
+        condition = self._condition(sigma_n[:, None])
+        x = self._noisy_tokens(self._before(cache), z_nd[:, None], sigma_n[:, None])
+        rotation, mask = self.rotary(cache.lengths[:, None]), cache.noisy_mask()
+        first = len(cache.keys) - len(self.layers)
+        for index, layer in enumerate(self._layers(), start=first):
+            x = layer.denoise(x, condition, rotation, cache, index, mask)
+        return self.head(self._norm_noisy(x, condition))[:, 0]
+
+    def _enter(self, embedded_nld: Tensor, rotation: Tensor) -> Streams:
+        """The clean tokens as they enter the layers, and those that noisy tokens start from: what was embedded."""
+        return embedded_nld, embedded_nld
+
+    def _before(self, cache: KVCache) -> Tensor:
+        """The second of these for the newest token of each row, (N, 1, width)."""
+        newest: Tensor = self.embed_tokens(cache.last[:, None])
+        return newest
+
+    def _noisy_tokens(self, previous_nld: Tensor, z_nld: Tensor, sigma_nl: Tensor) -> Tensor:
+        """A noisy token starts as the token before it, which every target may know, plus its code."""
+        code: Tensor = self.code_stem(c_in(sigma_nl, self.noise.sigma_data)[..., None] * z_nld)
+        return previous_nld + code
+
+    def _condition(self, sigma_nl: Tensor) -> Tensor:
+        embedded: Tensor = self.noise_embedding(c_noise(sigma_nl).flatten())
+        return embedded.view(*sigma_nl.shape, -1)
+
+    def _norm_noisy(self, x_nld: Tensor, condition_nlc: Tensor) -> Tensor:
+        shift, scale = self.norm_modulation(condition_nlc).chunk(2, dim=-1)
+        return modulate(self.norm(x_nld), shift, scale)
+
+    def _layers(self) -> list[LlamaLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LlamaLayer)]
+
+
+class CausalLM(TokenModel):
+    """The ordinary language model: all layers, one head, next-token cross-entropy."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__(_model(config))
+        self.layers = nn.ModuleList(LlamaLayer(self.model, condition=None) for _ in range(self.model.depth))
+        initialise_tokens(self)
+
+    def forward(self, tokens_nl: Tensor) -> Tensor:
+        """Logits (N, L, V) of each token x_i, given those before it."""
+        x = self.embed_tokens(self.shifted(tokens_nl))
+        x = apply_layers(self.layers, x, self.rotary(slice(0, x.shape[1])), recompute=self.recompute)
+        return self.head(self.norm(x))
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
+        """Nothing: no noise enters."""
+        return {}
+
+    def training_loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """Cross-entropy of every token."""
+        tokens = batch["tokens"]
+        return F.cross_entropy(self(tokens).float().flatten(0, 1), tokens.flatten())
+
+    def start_cache(self, batch_size: int) -> KVCache:
+        """A cache for rows of up to `length` tokens, which has read the begin token."""
+        cache = KVCache(self.model, len(self.layers), batch_size, self.embed_tokens.weight)
+        self.read(cache, torch.full((batch_size, 1), self.model.begin, device=self.embed_tokens.weight.device))
+        return cache
+
+    def read(self, cache: KVCache, tokens_nt: Tensor, counts_n: Tensor | None = None) -> Tensor:
+        """Append tokens: of row n the first counts_n[n], or all. Returns logits (N, V) of what comes after the last
+        token read; a row that is given none has no answer, and what stands there means nothing."""
+        where = cache.place(tokens_nt, counts_n)
+        x, rotation = self.embed_tokens(tokens_nt), self.rotary(where.positions)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, LlamaLayer)
+            x = layer.read(x, rotation, cache, index, where)
+        cache.advance(tokens_nt, where)
+        rows = torch.arange(len(tokens_nt), device=x.device)
+        return self.head(self.norm(x[rows, (where.counts - 1).clamp_min(0)]))
+
+
+class CausalLMFamily(Family):
+    """Language models that predict the next token."""
+
+    name = "causal_lm"
+    task = "generate_text"
+
+    def check_start(self, config: RunConfig) -> None:
+        """Whether a pretrained checkpoint is there and fits."""
+        if _model(config).pretrained is not None:
+            Checkpoint(_model(config)).verify()
+
+    def codebook(self, config: RunConfig) -> Tensor:
+        """One row a token id: of random directions, or of those in a pretrained embedding."""
+        model = _model(config)
+        if model.pretrained is not None:
+            return codebook_of_checkpoint(model, config.codebook.scale)
+        return make_codebook(model.vocab_size, model.width, config.codebook.scale, config.seed)
+
+    def build_block(
+        self, config: RunConfig, layers: tuple[int, int], trained: NoiseRange, codebook: Tensor | None
+    ) -> CausalLMBlock:
+        """A block of `layers[1] - layers[0]` layers."""
+        assert codebook is not None
+        return CausalLMBlock(config, layers[1] - layers[0], trained, codebook, _model(config).clean_loss)
+
+    def build_end_to_end(self, config: RunConfig) -> CausalLM:
+        """The baseline."""
+        return CausalLM(config)
+
+    def start_from(self, config: RunConfig, layers: tuple[int, int], module: TrainableModule) -> None:
+        """Take what a pretrained checkpoint has: embedding, the module's own layers, final norm and head."""
+        if _model(config).pretrained is not None:
+            start_from_checkpoint(_model(config), layers, module)
+
+    def example_batch(self, config: RunConfig, batch_size: int) -> Batch:
+        """Rows of token 0."""
+        return {"tokens": torch.zeros((batch_size, _model(config).length), dtype=torch.int64)}
+
+
+def initialise_tokens(module: nn.Module) -> None:
+    """Normal weights of standard deviation 0.02 and zero biases; zero for AdaLN projections."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Embedding | nn.Linear):
+            nn.init.normal_(child.weight, std=0.02)
+        if isinstance(child, nn.Linear) and child.bias is not None:
+            nn.init.zeros_(child.bias)
+        if name.endswith("modulation"):
+            nn.init.zeros_(child.weight)
+    for child in module.modules():
+        if isinstance(child, NoiseEmbedding):
+            initialise(child)
+
+
+def _model(config: RunConfig) -> CausalLMConfig:
+    assert isinstance(config.model, CausalLMConfig)
+    return config.model
+
+
+register(CausalLMFamily())
