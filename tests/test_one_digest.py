@@ -137,14 +137,3 @@ def test_stopped_and_started_again(
 
 def test_every_family_on_ray(other: RunConfig, other_expected: str, run: Path, cluster: None) -> None:
     assert _digest(train_run(other, run, backend="ray")) == other_expected
-
-
-@pytest.mark.slow
-def test_every_family_with_a_worker_killed_twice(
-    other: RunConfig, other_expected: str, run: Path, cluster: None
-) -> None:
-    killer = Killer(block=1, steps=(20, 60))
-    result = train_run(other, run, backend="ray", watch=killer)
-    assert len(killer.killed) == 2
-    assert [block.restarts for block in result.blocks] == [0, 2, 0]
-    assert _digest(result) == other_expected
