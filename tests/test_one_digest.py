@@ -43,8 +43,8 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(params=["dit", "causal_lm", "recurrent_lm", "masked_lm"], scope="module")
 def other(request: pytest.FixtureRequest, family_config: Callable[..., RunConfig]) -> RunConfig:
-    """A run of each of the other families, long enough to be disturbed."""
-    return family_config(request.param, training={"steps": STEPS}, checkpoints={"every": 40})
+    """A run of each of the other families."""
+    return family_config(request.param, training={"steps": 120}, checkpoints={"every": 40})
 
 
 @pytest.fixture(scope="module")
