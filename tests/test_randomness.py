@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbtrain.randomness import derive_key, generator, keyed_uniform, mix64, step_key
+from dbtrain.randomness import derive_key, generator, keyed_normal, keyed_uniform, mix64, step_key
 
 parts = st.lists(st.one_of(st.text(max_size=6), st.integers(-(2**80), 2**80)), max_size=4)
 
@@ -108,3 +108,13 @@ def test_numbers_are_uniform_and_neighbours_uncorrelated(axis: str) -> None:
 def test_no_position_repeats_another_positions_numbers() -> None:
     u = keyed_uniform(derive_key(1, "augment", 0), np.arange(20_000), 8)
     assert len(np.unique(u)) == u.size
+
+
+def test_normal_numbers_are_the_quantiles_of_the_uniform_ones() -> None:
+    key, positions = derive_key(3, "start"), np.arange(4_000)
+    normal = keyed_normal(key, positions, 5)
+    uniform = keyed_uniform(key, positions, 5)
+    assert normal.dtype == torch.float32
+    np.testing.assert_allclose(torch.special.ndtr(normal.double()).numpy(), uniform, atol=1e-6)
+    assert torch.equal(keyed_normal(key, positions[7:9], 5), normal[7:9])
+    assert bool(normal.isfinite().all())

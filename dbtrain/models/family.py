@@ -62,6 +62,8 @@ class Piece:
     """That range with the overlap."""
     evaluations: float
     """Layers evaluated for one sample in a training step; the mean, where chance decides."""
+    kept: float | None = None
+    """Of these, the evaluations that gradients go through; all when not given."""
 
 
 class Family(ABC):

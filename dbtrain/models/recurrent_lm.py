@@ -165,9 +165,6 @@ class RecurrentLM(TokenModel):
         with torch.no_grad():
             for _ in range(blind):
                 state = self._iterate(state, e, rotation)
-        if blind:
-            # Autocast would use the weights it has converted without gradients again where they are wanted.
-            torch.clear_autocast_cache()
         for _ in range(count - blind):
             state = self._iterate(state, e, rotation)
         return self.head(self.norm(apply_layers(self.coda, state, rotation, recompute=self.recompute)))
@@ -254,7 +251,9 @@ class RecurrentLMFamily(Family):
     def whole(self, config: RunConfig) -> Piece:
         """The end-to-end network, its core as often as it is iterated in the mean."""
         model = _model(config)
-        return Piece((0, model.depth), None, None, model.prelude + model.iterations * model.core + model.coda)
+        once = model.prelude + model.coda
+        evaluations, kept = (once + n * model.core for n in (model.iterations, min(model.iterations, model.backprop)))
+        return Piece((0, model.depth), None, None, evaluations, kept)
 
     def build_block(
         self, config: RunConfig, layers: tuple[int, int], trained: NoiseRange, codebook: Tensor | None

@@ -78,10 +78,11 @@ def check_plan(config: RunConfig, plan: Plan, codebook: Tensor | None) -> None:
         raise CorruptData("plan.json of the run is not the plan that its config.yaml gives")
     if codebook is not None and digest(codebook) != plan.codebook_sha256:
         raise CorruptData(
-            "the codebook made from the seed is not the one the plan was made with",
+            "the codebook made here is not the one the plan was made with",
             field="codebook_sha256",
             value=plan.codebook_sha256,
-            mend="use the versions of dbtrain, PyTorch and numpy that the run was started with",
+            mend="use the versions of dbtrain, PyTorch and numpy, and the pretrained model if any, that the run was"
+            " started with",
         )
 
 
@@ -189,7 +190,7 @@ def _activation_bytes(
     module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
     module.recompute = False
     whole = _saved_bytes(family, config, module, micro_batch)
-    return saved + (whole - saved) // round(piece.evaluations)
+    return saved + (whole - saved) // round(piece.kept or piece.evaluations)
 
 
 def _saved_bytes(family: Family, config: RunConfig, module: TrainableModule, micro_batch: int) -> int:

@@ -165,7 +165,7 @@ def test_gradients_go_through_the_last_iterations(iterations: int, backprop: int
 
 
 def test_gradients_flow_under_autocast() -> None:
-    """Weights converted in the iterations without gradients must not be those of the iterations with."""
+    """Autocast converts a weight once, in an iteration without gradients; old versions of PyTorch lost them by it."""
     whole = _whole(_config({"backprop": 1}))
     with torch.autocast("cpu", torch.bfloat16):
         rough = _gradients(whole, _draw(whole, 3))
@@ -241,11 +241,13 @@ def test_plans(training: dict[str, object], count: int) -> None:
     assert whole.layer_evaluations == plan.layer_evaluations
 
 
-def test_a_plan_counts_the_mean_step() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_plan_counts_the_mean_step(recompute: bool) -> None:
     """Arithmetic grows with each iteration; what is kept for the way back only with those that gradients go through."""
 
     def measured(iterations: int, backprop: int = 2) -> tuple[int, int]:
-        block = make_plan(_config({"iterations": iterations, "backprop": backprop}), "end_to_end").blocks[0]
+        config = _config({"iterations": iterations, "backprop": backprop}, training={"recompute": recompute})
+        block = make_plan(config, "end_to_end").blocks[0]
         return block.flops_per_sample, block.bytes.activations
 
     flops, kept = zip(*(measured(iterations) for iterations in (1, 2, 3, 4)), strict=True)
