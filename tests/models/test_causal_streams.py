@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
+
 import pytest
 import torch
 from small_text import LENGTH, VOCAB, causal_block, causal_lm, noisy_codes, random_tokens, text_config
@@ -10,6 +13,22 @@ from torch import Tensor
 from dbtrain.models.causal_lm import CausalLM, CausalLMBlock
 
 VARIANTS = [{}, {"kv_heads": 2, "tie_head": True, "separator": 3}]
+
+
+def _block(variant: dict[str, object]) -> CausalLMBlock:
+    return _trained(json.dumps(variant))[0]
+
+
+def _whole(variant: dict[str, object]) -> CausalLM:
+    return _trained(json.dumps(variant))[1]
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _trained(variant: str) -> tuple[CausalLMBlock, CausalLM]:
+    """Trained once for all tests, which change nothing in it."""
+    config = text_config(model={"clean_loss": 1.0, **json.loads(variant)})
+    return causal_block(config), causal_lm(config)
 
 
 def _same(a: Tensor, b: Tensor) -> list[bool]:
@@ -21,8 +40,7 @@ def _same(a: Tensor, b: Tensor) -> list[bool]:
 @pytest.mark.parametrize("changed", range(LENGTH))
 def test_a_token_is_seen_by_later_ones_alone(variant: dict[str, object], changed: int) -> None:
     """Changing token j changes no output for x_0 ... x_j, in the clean stream, the noisy stream and end to end."""
-    config = text_config(model={"clean_loss": 1.0, **variant})
-    block, whole = causal_block(config), causal_lm(config)
+    block, whole = _block(variant), _whole(variant)
     tokens, (z, sigma) = random_tokens(), noisy_codes(block)
     other = tokens.clone()
     other[:, changed] = (other[:, changed] + 1) % VOCAB
@@ -37,7 +55,7 @@ def test_a_token_is_seen_by_later_ones_alone(variant: dict[str, object], changed
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("changed", range(LENGTH))
 def test_noise_is_seen_by_its_own_target_alone(variant: dict[str, object], changed: int) -> None:
-    block = causal_block(text_config(model={"clean_loss": 1.0, **variant}))
+    block = _block(variant)
     tokens, (z, sigma) = random_tokens(), noisy_codes(block)
     other_z, other_sigma = z.clone(), sigma.clone()
     other_z[:, changed] += 1.0
@@ -48,7 +66,7 @@ def test_noise_is_seen_by_its_own_target_alone(variant: dict[str, object], chang
 
 
 def test_rows_do_not_see_each_other() -> None:
-    block = causal_block(text_config())
+    block = _block({})
     tokens, (z, sigma) = random_tokens(), noisy_codes(block)
     torch.testing.assert_close(block(tokens, z, sigma)[5:6], block(tokens[5:6], z[5:6], sigma[5:6]))
 
@@ -76,7 +94,7 @@ def _next_tokens(block: CausalLMBlock, prompts: list[int]) -> Tensor:
 @pytest.mark.parametrize("prompts", [[0, 0, 0], [5, 5, 5], [1, 7, 0], [11, 2, 6]])
 @torch.inference_mode()
 def test_cached_blocks_say_the_same(variant: dict[str, object], prompts: list[int]) -> None:
-    block = causal_block_for_inference(variant)
+    block = _block(variant)
     tokens, (z, sigma) = random_tokens(3), noisy_codes(block, 3)
     expected, said = block(tokens, z, sigma), _next_tokens(block, prompts)
     for row, start in enumerate(prompts):
@@ -84,23 +102,11 @@ def test_cached_blocks_say_the_same(variant: dict[str, object], prompts: list[in
         torch.testing.assert_close(said[row, start:], expected[row, start:], atol=1e-5, rtol=0)
 
 
-@torch.inference_mode(False)
-def causal_block_for_inference(variant: dict[str, object]) -> CausalLMBlock:
-    """Trained outside of inference mode, where there are gradients."""
-    return causal_block(text_config(model=variant))
-
-
-@torch.inference_mode(False)
-def causal_lm_for_inference(variant: dict[str, object]) -> CausalLM:
-    """Trained outside of inference mode, where there are gradients."""
-    return causal_lm(text_config(model=variant))
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompts", [[1, 1, 1], [3, 7, 1], [11, 2, 6]])
 @torch.inference_mode()
 def test_the_cached_network_says_the_same(variant: dict[str, object], prompts: list[int]) -> None:
-    whole, tokens = causal_lm_for_inference(variant), random_tokens(3)
+    whole, tokens = _whole(variant), random_tokens(3)
     expected, cache, counts = whole(tokens), whole.start_cache(3), torch.tensor(prompts)
     rows, logits = torch.arange(3), whole.read(cache, tokens[:, : max(prompts)], counts)
     while True:
@@ -116,7 +122,7 @@ def test_the_cached_network_says_the_same(variant: dict[str, object], prompts: l
 @torch.inference_mode()
 def test_padding_in_a_cache_is_never_seen() -> None:
     """Whatever fills the short rows of a batch of prompts, later answers are the same."""
-    block = causal_block_for_inference({})
+    block = _block({})
     tokens, (z, sigma) = random_tokens(3), noisy_codes(block, 3)
     counts, said = torch.tensor([2, 6, 1]), []
     for filler in (0, 9):
