@@ -361,5 +361,6 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def located(self) -> RunConfig:
-        """The same run with the shards' folder absolute, so that a worker started elsewhere finds it."""
-        return self.model_copy(update={"data": self.data.model_copy(update={"path": str(self.data.shards)})})
+        """The same run with all folders absolute, so that a worker started elsewhere finds them."""
+        data = self.data.model_copy(update={"path": str(self.data.shards)})
+        return self.model_copy(update={"data": data, "model": self.model.located()})

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -60,6 +61,10 @@ class ModelConfig(Section):
         # Where the chain reads answers out of every block, one that never acts would be trained for nothing.
         if run.chain.steps is not None and run.chain.steps < run.blocks.count:
             raise ValueError(f"chain.steps {run.chain.steps} would skip some of the {run.blocks.count} blocks")
+
+    def located(self) -> Self:
+        """The same section with all folders absolute."""
+        return self
 
 
 _CONFIGS: dict[str, type[ModelConfig]] = {}
@@ -214,6 +219,12 @@ class CausalLMConfig(LlamaConfig):
     pretrained: str | None = None
     """Folder of a Hugging Face Llama checkpoint (config.json and safetensors) whose layers the blocks start from and
     whose embedding is the codebook."""
+
+    def located(self) -> Self:
+        """The same section with the checkpoint's folder absolute."""
+        if self.pretrained is None:
+            return self
+        return self.model_copy(update={"pretrained": str(Path(self.pretrained).expanduser().absolute())})
 
 
 class RecurrentLMConfig(LlamaConfig):

@@ -17,7 +17,7 @@ from types import FrameType
 import typer
 
 import dbtrain
-from dbtrain.cli import data, planning, results, sampling, training
+from dbtrain.cli import data, exporting, planning, results, sampling, training
 from dbtrain.cli.output import ToStandardError, report, report_mistake
 from dbtrain.errors import UserError
 
@@ -46,6 +46,7 @@ app.command(epilog="Example:  dbtrain predict runs/a one.png two.png")(results.p
 app.command(epilog="Example:  dbtrain sample runs/lm --prompt 'The '   or   dbtrain sample runs/dit --count 64")(
     sampling.sample
 )
+app.command(epilog="Example:  dbtrain export runs/lm --out exported/lm")(exporting.export)
 app.command(epilog="Example:  dbtrain compare runs/a runs/a-baseline")(results.compare)
 app.command(epilog="Example:  dbtrain figures runs/a --baseline runs/a-baseline")(results.figures)
 
