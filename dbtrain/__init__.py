@@ -27,15 +27,16 @@ def load(path: str, device: str | torch.device = "cpu") -> FrontDoor:
     """The model in a run directory or model folder, ready to `predict`, `sample`, `generate` or `infill`.
 
     Args:
-        path: a local path or any pyarrow filesystem URI (s3://..., gs://...).
+        path: a local path or any pyarrow filesystem URI (s3://..., gs://...). A run that is finished and not
+            assembled yet is assembled first.
         device: where inference runs.
 
     Raises:
-        UserError: there is no assembled model at `path`.
+        UserError: there is no assembled model at `path`, nor a finished run.
         CorruptData: its files are damaged.
     """
     # PyTorch takes seconds to import; programs that only look at the version or the errors do not pay for it.
-    from dbtrain.assembly.loading import load_model
     from dbtrain.inference.front_door import open_model
+    from dbtrain.inference.runs import model_at
 
-    return open_model(load_model(str(path), device))
+    return open_model(model_at(str(path), device))

@@ -54,3 +54,16 @@ def test_a_module_that_is_no_family_is_the_users_mistake(place: Path) -> None:
     assert done.returncode == 2
     assert "model.family = 'json': has to be one of" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_module_with_a_section_alone_is_the_users_mistake(place: Path) -> None:
+    (place / "half.py").write_text(
+        "from typing import Literal\nfrom dbtrain.model_config import ImageModelConfig\n\n\n"
+        'class HalfConfig(ImageModelConfig):\n    data_kinds = ("image",)\n    family: Literal["half"] = "half"\n'
+    )
+    model = "model={family: half, image_size: 8, patch_size: 4, depth: 6, width: 16, heads: 2, mlp_width: 32}"
+    command = [sys.executable, "-m", "dbtrain.cli.main", "plan", "mixer.yaml", "--set", model]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "model.family = 'half': the module registers no family of that name" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -130,4 +130,5 @@ def _print(made: Plan, whole: Plan) -> None:
     )
     typer.echo("the last line is the network end to end, as `dbtrain baseline` trains it")
     typer.echo(f"layer-evaluations: {made.layer_evaluations:,} (end to end: {whole.layer_evaluations:,})")
-    typer.echo(f"codebook: {made.codebook_sha256}")
+    if made.codebook_sha256 is not None:
+        typer.echo(f"codebook: {made.codebook_sha256}")

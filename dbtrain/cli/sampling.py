@@ -103,13 +103,17 @@ def sample(
 
 
 def _draw(sampler: ImageSampler, model: str, options: dict[str, Any]) -> dict[str, Any]:
-    from dbtrain.inference.sample_files import save_samples
+    from dbtrain.inference.sample_files import check_folder, save_samples
+    from dbtrain.storage import Storage
 
-    folder = options.get("--out")
-    if folder is None and "://" in model:
-        raise UserError("is needed where the model is not on this machine's disks", field="--out")
+    folder, home = options.get("--out"), Storage.open(model).local_path
+    if folder is None:
+        if home is None:
+            raise UserError("is needed where the model is not on this machine's disks", field="--out")
+        folder = (home if "://" in model else Path(model)) / "samples"
+    check_folder(folder)
     count = options.get("--count", 64)
-    labels = None if "--label" not in options else sampler.label_ids(options["--label"], count)
+    labels = None if "--label" not in options else sampler.label_ids(options["--label"])
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("sampling", total=count)
         images = sampler.sample(
@@ -118,7 +122,7 @@ def _draw(sampler: ImageSampler, model: str, options: dict[str, Any]) -> dict[st
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **_keywords(options, "--steps", "--solver", "--guidance", "--seed"),
         )
-    files = save_samples(sampler, folder or Path(model) / "samples", images, labels)
+    files = save_samples(sampler, folder, images, labels)
     return {"files": [str(path) for path in files], "count": count}
 
 

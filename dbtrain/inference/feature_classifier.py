@@ -64,7 +64,7 @@ def train_classifier(train: ShardSet, transform: Transform, device: torch.device
     """Train on the rows of `train`, as `transform` presents them; the caller's random numbers stay as they were."""
     facts = train.manifest.facts()
     labelled = len(facts.class_names) > 1
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_key(_SEED, "feature classifier"))
         network = FeatureClassifier(facts.shape, len(facts.class_names) if labelled else _TURNS).to(device)
     order = SampleOrder(train.rows, derive_key(_SEED, "feature classifier's order"), 0)

@@ -15,7 +15,6 @@ from dbtrain.data.batches import make_transform
 from dbtrain.data.shards import ShardSet
 from dbtrain.data.transforms import Transform
 from dbtrain.diffusion.noise import NoiseDistribution
-from dbtrain.diffusion.partition import partition
 from dbtrain.diffusion.precondition import weighted_errors
 from dbtrain.diffusion.sampler import Solver, network_calls
 from dbtrain.inference.evaluation import FRECHET_DISTANCE, Evaluation, Progress
@@ -108,10 +107,11 @@ def block_losses(sampler: ImageSampler, shards: ShardSet, transform: Transform) 
     distribution = NoiseDistribution.from_config(noise)
     rows = min(shards.rows, LOSS_ROWS)
     losses = {}
-    for index, own in enumerate(partition(noise, sampler.config.blocks)):
+    for index, piece in enumerate(family_of(sampler.config).cut(sampler.config)):
+        assert piece.noise is not None
         module = model.modules[0 if model.end_to_end else index]
         source = generator(derive_key(0, "evaluation noise", index))
-        sigma, total, seen = distribution.sample(own, rows, source), 0.0, 0
+        sigma, total, seen = distribution.sample(piece.noise, rows, source), 0.0, 0
         for batch in shuffled_rows(shards, transform, rows, model.device):
             image = batch["image"]
             eps = torch.randn(image.shape, generator=source).to(image)

@@ -1,21 +1,24 @@
-"""From a run directory to its evaluation: assembled if it is not yet, evaluated once, and remembered."""
+"""From a run directory to its model, assembled if it is not yet, and to its evaluation, made once and remembered."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import torch
+
 from dbtrain.assembly.assemble import assemble
 from dbtrain.assembly.loading import AssembledModel, load_model
 from dbtrain.data.manifest import Split
 from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.evaluation import Evaluation, Progress
-from dbtrain.run_directory import RunDirectory
+from dbtrain.run_directory import PLAN, RunDirectory
+from dbtrain.storage import Storage
 
 EVALUATION = "evaluation.json"
 
 
-def model_of(run: RunDirectory, device: str = "cpu") -> AssembledModel:
+def model_of(run: RunDirectory, device: str | torch.device = "cpu") -> AssembledModel:
     """The run's model; a finished run is assembled first if it was not yet, or if its chain settings have changed.
 
     Raises:
@@ -29,6 +32,19 @@ def model_of(run: RunDirectory, device: str = "cpu") -> AssembledModel:
         assemble(run, model.weights)
         model = load_model(run.uri, device)
     return model
+
+
+def model_at(path: str, device: str | torch.device = "cpu") -> AssembledModel:
+    """The model of the run directory at `path`, as `model_of` finds it, or the model folder there.
+
+    Raises:
+        UserError: there is neither, the run is unfinished, or there is no such device.
+        CorruptData: its files are damaged or do not belong together.
+    """
+    storage = Storage.open(path)
+    if storage.exists(PLAN) and not storage.exists("model.safetensors"):
+        return model_of(RunDirectory.open(storage), device)
+    return load_model(path, device)
 
 
 def evaluation_of(

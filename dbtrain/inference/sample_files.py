@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from PIL import Image
 
 from dbtrain.errors import UserError
 from dbtrain.inference.sample_images import ImageSampler, Samples
+from dbtrain.storage import temporary_name
 
 GRID_IMAGES = 256
 """At most as many of the first samples are shown in the grid."""
@@ -42,20 +45,49 @@ def save_samples(
         UserError: the folder cannot be written to.
     """
     where = Path(folder).expanduser()
+    check_folder(where)
     arrays: dict[str, npt.NDArray[Any]] = {"arr_0": samples}
     if (chosen := sampler.labels_for(len(samples), labels)) is not None:
         arrays["arr_1"] = chosen.numpy()
     written = [where / "samples.npz"]
     try:
         where.mkdir(parents=True, exist_ok=True)
-        np.savez(written[0], allow_pickle=False, **arrays)
+        _write(written[0], lambda file: np.savez(file, allow_pickle=False, **arrays))
         if samples.dtype == np.uint8:
             written.append(where / "samples.png")
-            grid(samples, arrays.get("arr_1")).save(written[1])
+            sheet = grid(samples, arrays.get("arr_1"))
+            _write(written[1], lambda file: sheet.save(file, "PNG"))
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot be written to: {reason}", field="--out", value=where) from None
+        raise _unwritable(where, error.strerror or str(error)) from None
     return written
+
+
+def check_folder(folder: str | Path) -> None:
+    """Whether files may be written into `folder`, or it may be made; drawing many images takes long.
+
+    Raises:
+        UserError: they may not.
+    """
+    where = Path(folder).expanduser()
+    nearest = next(path for path in (where, *where.absolute().parents) if path.exists())
+    for refused, number in ((not nearest.is_dir(), errno.ENOTDIR), (not os.access(nearest, os.W_OK), errno.EACCES)):
+        if refused:
+            raise _unwritable(where, os.strerror(number))
+
+
+def _unwritable(folder: Path, reason: str) -> UserError:
+    return UserError(f"cannot be written to: {reason}", field="--out", value=folder, mend="choose another folder")
+
+
+def _write(path: Path, save: Callable[[IO[bytes]], None]) -> None:
+    """The file under its name once it is whole; what stood there stays if it cannot be."""
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        with temporary.open("xb") as file:
+            save(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def grid(images: npt.NDArray[Any], labels: npt.NDArray[np.int64] | None = None) -> Image.Image:

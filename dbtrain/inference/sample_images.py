@@ -71,7 +71,8 @@ class ImageSampler:
             images as uint8 (count, H, W, C); latents as float32 (count, C, H, W), in the units of the training data.
 
         Raises:
-            UserError: one of the arguments cannot be, or guidance is asked of a model that did not learn it.
+            UserError: one of the arguments cannot be, so many samples do not fit into memory, or guidance is asked of
+                a model that did not learn it.
         """
         solver, steps, guidance = self._settings(solver, steps, guidance)
         for field, value in (("--count", count), ("--batch-size", batch_size)):
@@ -79,7 +80,8 @@ class ImageSampler:
                 raise UserError("has to be at least 1", field=field, value=value)
         if not 0 <= seed < 2**63:
             raise UserError("has to be from 0 to 2**63 - 1", field="--seed", value=seed)
-        chosen, parts = self.labels_for(count, labels), []
+        samples = self._room_for(count)
+        chosen = self.labels_for(count, labels)
         for first in range(0, count, batch_size):
             positions = np.arange(first, min(first + batch_size, count), dtype=np.int64)
 
@@ -90,9 +92,10 @@ class ImageSampler:
             part = None if chosen is None else chosen[first : first + len(positions)]
             drawn = self.generate(positions, part, steps, solver, guidance, seed, on_step)
             if not drawn.isfinite().all():
+                if guidance == 1.0:
+                    raise UserError("the model's answers are not finite", mend="train it with a lower optimiser.lr")
                 raise UserError("drives samples beyond all bounds", field="--guidance", value=guidance, mend="lower it")
-            parts.append(self._finish(drawn))
-        samples: npt.NDArray[Any] = np.concatenate(parts)
+            samples[first : first + len(positions)] = self._finish(drawn)
         return samples
 
     def labels_for(self, count: int, labels: Sequence[int] | None = None) -> Tensor | None:
@@ -103,8 +106,7 @@ class ImageSampler:
         """
         if self.num_classes is None:
             if labels is not None:
-                mend = "leave labels out"
-                raise UserError("the model was trained without labels", field="--label", value=list(labels), mend=mend)
+                raise _without_labels(labels)
             return None
         known = range(self.num_classes)
         chosen = list(known if labels is None else labels)
@@ -113,22 +115,21 @@ class ImageSampler:
         for label in chosen:
             if label not in known:
                 raise UserError("is not a class", field="--label", value=label, mend=f"they are 0 to {known[-1]}")
-        return torch.tensor([chosen[index % len(chosen)] for index in range(count)], dtype=torch.int64)
+        return torch.tensor(chosen, dtype=torch.int64)[torch.arange(count) % len(chosen)]
 
-    def label_ids(self, names: Sequence[str], count: int) -> list[int]:
-        """The class ids that `labels` of `sample` takes, for class names, gone through again and again for `count`.
+    def label_ids(self, names: Sequence[str]) -> list[int]:
+        """The class ids that `labels` of `sample` takes, for class names.
 
         Raises:
             UserError: there is no such class, or the model knows no classes.
         """
+        if self.num_classes is None:
+            raise _without_labels(names)
         for name in names:
-            if self.num_classes is not None and name not in self.class_names:
+            if name not in self.class_names:
                 mend = f"they are {', '.join(self.class_names[:20])}{', ...' * (len(self.class_names) > 20)}"
                 raise UserError("is not a class", field="--label", value=name, mend=mend)
-        chosen = self.labels_for(count, [self.class_names.index(name) for name in names])
-        assert chosen is not None
-        ids: list[int] = chosen.tolist()
-        return ids
+        return [self.class_names.index(name) for name in names]
 
     @torch.inference_mode()
     def generate(
@@ -201,6 +202,17 @@ class ImageSampler:
         """Denoising steps of a walk where the caller names no number."""
         return self.config.chain.steps or self.config.blocks.count
 
+    def _room_for(self, count: int) -> Samples:
+        """An array for `count` samples; hopeless numbers are refused before the first is drawn."""
+        side, channels = self._network.image_size, self._network.channels
+        shape = (channels, side, side) if self.latents else (side, side, channels)
+        try:
+            room: npt.NDArray[Any] = np.empty((count, *shape), np.float32 if self.latents else np.uint8)
+        except (MemoryError, ValueError):  # the latter where there are more of them than addresses
+            mend = "draw fewer, again and again with another --seed"
+            raise UserError("does not fit into memory", field="--count", value=count, mend=mend) from None
+        return room
+
     def _finish(self, scaled: Tensor) -> Samples:
         """From what the network sees to what the user's data looks like."""
         mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in self._scaling)
@@ -210,3 +222,8 @@ class ImageSampler:
             return latents
         pixels: npt.NDArray[np.uint8] = (raw * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return pixels
+
+
+def _without_labels(labels: Sequence[int] | Sequence[str]) -> UserError:
+    mend = "leave labels out"
+    return UserError("the model was trained without labels", field="--label", value=list(labels), mend=mend)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dbtrain.config import RunConfig
 from dbtrain.diffusion.partition import partition, widen
+from dbtrain.errors import UserError
 from dbtrain.plan import DatasetFacts, NoiseRange, split_layers
 
 Batch = Mapping[str, Tensor]
@@ -23,7 +24,7 @@ Batch = Mapping[str, Tensor]
 Draw = Mapping[str, Tensor]
 """What a loss needs of chance, one row a sample, e.g. sigma (N,) and eps (N, d)."""
 Task = Literal["classify", "generate_images", "generate_text", "unmask_text"]
-"""How an assembled model is used; `dbtrain.inference.tasks` says what each asks of the modules."""
+"""How an assembled model is used; docs/adding-a-family.md says what each asks of the modules."""
 Scaling = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each channel that images are normalised with."""
 
@@ -140,5 +141,17 @@ def register(family: Family) -> None:
 
 
 def family_of(config: RunConfig) -> Family:
-    """The family that `config.model.family` names."""
-    return _FAMILIES[config.model.family]
+    """The family that `config.model.family` names.
+
+    Raises:
+        UserError: the module of that name has defined a section of the configuration and no family.
+    """
+    name = config.model.family
+    if name not in _FAMILIES:
+        raise UserError(
+            "the module registers no family of that name",
+            field="model.family",
+            value=name,
+            mend="call `register` there with a Family of that `name`",
+        )
+    return _FAMILIES[name]

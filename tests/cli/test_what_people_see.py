@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ from PIL import Image
 from rich.console import Console
 
 from dbtrain.cli import output
+from dbtrain.config import RunConfig
 
-VERBS = ("prepare", "plan", "train", "baseline", "assemble", "evaluate", "predict", "compare", "figures")
+VERBS = (
+    "prepare", "plan", "train", "baseline", "assemble", "evaluate", "predict", "sample", "export", "compare", "figures"
+)  # fmt: skip
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -62,6 +66,12 @@ def test_the_plan_fits_a_terminal_of_80_columns(recipe: Path) -> None:
         ["all", "0-3", "-"],
     ]
     assert "codebook: " in screen
+
+
+def test_plan_of_a_family_without_codebook_names_none(family_config: Callable[..., RunConfig], place: Path) -> None:
+    (place / "dit.yaml").write_text(family_config("dit").to_yaml())
+    assert "codebook" not in dbtrain("plan", "dit.yaml").stdout
+    assert dbtrain("plan", "dit.yaml", "--json").json()["codebook_sha256"] is None
 
 
 def test_a_table_is_never_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,3 +151,21 @@ def test_renewed_chain_settings_reach_the_model(own_run: RunDirectory) -> None:
     assert after.config.chain == chain
     assert after.sha256 == before.sha256
     assert evaluation_of(renewed).predict == "last"
+
+
+def test_a_run_directory_is_loaded_as_it_is_evaluated(own_run: RunDirectory) -> None:
+    """Assembled if it is not yet, and with the chain that its configuration has now."""
+    sha256 = model_of(own_run).sha256
+    chain = own_run.config.chain.model_copy(update={"readout": "last"})
+    config = own_run.config.model_copy(update={"chain": chain})
+    RunDirectory.create_or_resume(own_run.uri, config, own_run.plan)
+    assert dbtrain.load(own_run.uri).model.config.chain == chain
+    shutil.rmtree(Path(own_run.uri, "model"))
+    assert dbtrain.load(own_run.uri).model.sha256 == sha256
+
+
+def test_a_model_folder_is_loaded_as_it_is(own_run: RunDirectory, tmp_path: Path) -> None:
+    model_of(own_run)
+    alone = Path(own_run.uri, "model").rename(tmp_path / "alone")
+    assert dbtrain.load(str(alone)).model.config == own_run.config
+    assert not Path(own_run.uri, "model").exists()

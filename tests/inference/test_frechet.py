@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from dbtrain.data.transforms import EvalTransform, LatentTransform
 from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.inference.evaluation import FRECHET_DISTANCE, Evaluation
 from dbtrain.inference.feature_classifier import FEATURES, shuffled_rows, train_classifier
-from dbtrain.inference.frechet import evaluate_images, frechet_distance
+from dbtrain.inference.frechet import block_losses, evaluate_images, frechet_distance
 from dbtrain.inference.sample_images import ImageSampler, Samples
+from dbtrain.model_config import DiTConfig
+from dbtrain.models.dit import DiTFamily
+from dbtrain.models.family import Piece, register
+from dbtrain.plan import Kind, NoiseRange
 
 SmallConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -182,6 +187,32 @@ def test_baseline_is_measured_on_the_same_ranges(small_config: SmallConfig, shar
     assert result.kind == "end_to_end"
     assert set(result.readouts) == {"euler_6", "heun_3", "heun_6"}
     assert [name for name in result.also if name.endswith("loss")] == [f"block {index}: loss" for index in range(3)]
+
+
+class OwnCutConfig(DiTConfig):
+    family: Literal["own_cut"] = "own_cut"  # type: ignore[assignment]
+
+
+class OwnCutFamily(DiTFamily):
+    """Two ranges, whatever `blocks` says."""
+
+    name = "own_cut"
+
+    def cut(self, config: RunConfig) -> list[Piece]:
+        ranges = [NoiseRange(low=2.0, high=80.0), NoiseRange(low=0.002, high=2.0)]
+        return [Piece((index, index + 1), own, own, 1) for index, own in enumerate(ranges)]
+
+
+register(OwnCutFamily())
+
+
+@pytest.mark.parametrize("kind", ["blocks", "end_to_end"])
+def test_losses_of_a_family_that_cuts_its_own_way(
+    small_config: SmallConfig, shards: ShardSet, tmp_path: Path, kind: Kind
+) -> None:
+    config = small_config(model={"family": "own_cut", "depth": 2}, blocks={"count": 1}, training={"steps": 2})
+    losses = block_losses(ImageSampler(image_model(config, tmp_path / "run", kind)), shards, SCALE)
+    assert list(losses) == ["block 0: loss", "block 1: loss"]
 
 
 def test_unlabelled_latents_are_measured_too(small_config: SmallConfig, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +92,22 @@ def test_colour_and_size() -> None:
 def test_many_images_make_a_sheet_of_bounded_size() -> None:
     sheet = grid(_flat([7] * 5000), np.arange(5000) % 10)
     assert sheet.size[0] * sheet.size[1] < 300 * 72 * 72
+
+
+def test_files_that_cannot_be_written_leave_the_old_ones(sampler: ImageSampler, tmp_path: Path) -> None:
+    save_samples(sampler, tmp_path, sampler.sample(1, [3]), [3])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    # The disk fills up after some bytes.
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"--out = .*cannot be written to: File too large"):
+            save_samples(sampler, tmp_path, sampler.sample(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_folder_that_cannot_be(sampler: ImageSampler, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_labels_are_gone_through_in_turn(sampler: ImageSampler) -> None:
     given = sampler.labels_for(12)
     assert given is not None
     assert given.tolist() == [*range(10), 0, 1]
-    assert sampler.label_ids(["7", "3"], 3) == [7, 3, 7]
+    assert sampler.label_ids(["7", "3"]) == [7, 3]
     assert np.array_equal(sampler.sample(3), sampler.sample(3, [0, 1, 2]))
 
 
@@ -149,7 +149,7 @@ def test_unconditional(unconditional: ImageSampler) -> None:
     with pytest.raises(UserError, match="trained without labels"):
         unconditional.sample(2, [1])
     with pytest.raises(UserError, match="trained without labels"):
-        unconditional.label_ids(["1"], 2)
+        unconditional.label_ids(["1"])
 
 
 def test_latents_come_in_the_units_of_the_data(small_config: SmallConfig, tmp_path: Path) -> None:
@@ -192,4 +192,4 @@ def test_bad_input(sampler: ImageSampler, how: dict[str, Any], message: str) -> 
 
 def test_unknown_class_name(sampler: ImageSampler) -> None:
     with pytest.raises(UserError, match=r"--label = 'cat': is not a class \(they are 0, 1, 2"):
-        sampler.label_ids(["cat"], 2)
+        sampler.label_ids(["cat"])
