@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import uuid
@@ -201,6 +202,7 @@ class LocalStorage(Storage):
         with _write_errors(target):
             _make_folder(target.parent)
             sync_folder(source)
+        with _write_errors(target), _one_at_a_time(target.parent):
             if target.exists():
                 if aside.exists():
                     shutil.rmtree(aside)
@@ -290,6 +292,18 @@ def _write_errors(path: Path | str, every: bool = False) -> Iterator[None]:
         reason = error.strerror or _one_line(error)
         mend = _MENDS.get(error.errno or 0, "check the address, your credentials and the network")
         raise UserError(f"cannot write {path}: {reason}", value=str(path), mend=mend) from error
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep other processes and threads that replace something in `folder` waiting, where its filesystem has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make_folder(path: Path) -> None:

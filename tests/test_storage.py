@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -9,7 +11,7 @@ import pytest
 from pyarrow import fs
 
 from dbtrain.errors import UserError
-from dbtrain.storage import REPLACED, TEMPORARY, ArrowStorage, LocalStorage, Storage
+from dbtrain.storage import REPLACED, TEMPORARY, ArrowStorage, LocalStorage, Storage, temporary_name
 
 
 @pytest.fixture(params=["local", "fsspec", "mock"])
@@ -60,6 +62,23 @@ def test_commit_folder_replaces(storage: Storage) -> None:
     assert storage.list("final") == ["new", "other"]
     assert storage.read_bytes("final/new") == b"new"
     assert storage.list() == ["final"]
+
+
+def test_many_commit_the_same_folder(tmp_path: Path) -> None:
+    """Two verbs may assemble one run at the same time."""
+
+    def commit(number: int) -> None:
+        storage = LocalStorage(tmp_path)
+        for _ in range(40):
+            folder = temporary_name("final")
+            storage.write_atomic(f"{folder}/a", str(number).encode())
+            storage.write_atomic(f"{folder}/b", str(number).encode())
+            storage.commit_folder(folder, "final")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(commit, range(4)))
+    assert os.listdir(tmp_path) == ["final"]
+    assert (tmp_path / "final/a").read_bytes() == (tmp_path / "final/b").read_bytes()
 
 
 @pytest.mark.parametrize("source", [".tmp-x", "final/inner"])  # the second vanishes when final is set aside
