@@ -9,9 +9,10 @@ For block 0 of each cut, and for the end-to-end network, one real training step 
 * peak: on a CPU the most bytes alive at once in forward and backward, beside the state, by watching every storage that
   an operation returns; on a GPU `torch.cuda.max_memory_allocated` less the state.
 
-"ratio" is measured state + saved of the block over that of the end-to-end network; "formula" is the paper's
-(4P + A) L / B over (4P + A) L, that is 1/B without stems and heads; "recompute" rows have activation checkpointing on
-both sides, where what counts is state + peak.
+"ratio" is measured state + saved of the block over that of the end-to-end network; "formula" is the share of the layer
+evaluations that gradients go through: the paper's (4P + A) L / B over (4P + A) L, that is 1/B without stems and heads.
+(A recurrent block has all layers and evaluates its core once; there the formula is that of the activations.)
+"recompute" rows have activation checkpointing on both sides, where what counts is state + peak.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from dbtrain.config_file import load_config
 from dbtrain.errors import UserError
 from dbtrain.models import family_of
 from dbtrain.plan import Kind
-from dbtrain.randomness import generator
 from dbtrain.training.optimisation import make_optimizer
 from dbtrain.training.planner import build_module, make_plan
 
@@ -87,7 +87,7 @@ def measure(config: RunConfig, kind: Kind, device: torch.device) -> Measured:
     batch_size = config.training.batch_size // config.training.accumulate
     with torch.device(device):
         batch = family.example_batch(config, batch_size)
-    draw = module.draw(batch_size, generator(0, device))
+    draw = {name: value.to(device) for name, value in module.example_draw(batch_size).items()}
     optimizer = make_optimizer(module, config.optimiser)
     saved = saved_bytes(module, batch, draw)
 
@@ -149,12 +149,15 @@ def main() -> None:
             config = load_config(path, [*overrides, "blocks.count=1", "blocks.split=null"])
             whole = measure(config, "end_to_end", device)
             cuts: list[tuple[str, Measured, float]] = [("end to end", whole, 1.0)]
+            family = family_of(config)
+            piece = family.whole(config)
+            kept = piece.kept or piece.evaluations
             for count in arguments.blocks:
                 try:
                     cut = load_config(path, [*overrides, f"blocks.count={count}", "blocks.split=null"])
                 except UserError:
                     continue  # more blocks than layers
-                cuts.append((str(count), measure(cut, "blocks", device), 1 / count))
+                cuts.append((str(count), measure(cut, "blocks", device), family.cut(cut)[0].evaluations / kept))
             for name, found, formula in cuts:
                 ratio = (found.state + found.saved) / (whole.state + whole.saved)
                 with_peak = (found.state + found.peak) / (whole.state + whole.peak)

@@ -47,12 +47,6 @@ def other(request: pytest.FixtureRequest, family_config: Callable[..., RunConfig
     return family_config(request.param, training={"steps": 120}, checkpoints={"every": 40})
 
 
-@pytest.fixture(scope="module")
-def other_expected(other: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the plain case."""
-    return _digest(train_run(other, tmp_path_factory.mktemp("inline") / "run", backend="inline"))
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
@@ -135,5 +129,17 @@ def test_stopped_and_started_again(
     assert _digest(train_run(config, run, backend=backend)) == expected
 
 
-def test_every_family_on_ray(other: RunConfig, other_expected: str, run: Path, cluster: None) -> None:
-    assert _digest(train_run(other, run, backend="ray")) == other_expected
+def test_every_family_on_ray(other: RunConfig, tmp_path: Path, cluster: None) -> None:
+    inline = _digest(train_run(other, tmp_path / "inline", backend="inline"))
+    assert _digest(train_run(other, tmp_path / "ray", backend="ray")) == inline
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_family_with_a_worker_killed_twice(other: RunConfig, tmp_path: Path, cluster: None) -> None:
+    longer = other.model_copy(update={"training": other.training.model_copy(update={"steps": STEPS})})
+    killer = Killer(block=1, steps=(20, 60))
+    result = train_run(longer, tmp_path / "ray", backend="ray", watch=killer)
+    assert len(killer.killed) == 2
+    assert [block.restarts for block in result.blocks] == [0, 2, 0]
+    assert _digest(result) == _digest(train_run(longer, tmp_path / "inline", backend="inline"))
