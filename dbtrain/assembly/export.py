@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from dbtrain.assembly.loading import AssembledModel, load_model
+from dbtrain.assembly.loading import AssembledModel
 from dbtrain.data.text.tokenizer import load_tokenizer
 from dbtrain.errors import UserError
 from dbtrain.model_config import CausalLMConfig
 from dbtrain.models.pretrained import EMBEDDING, HEAD, checkpoint_name
 from dbtrain.run_directory import TOKENIZER
-from dbtrain.storage import Storage, temporary_name
+from dbtrain.storage import LocalStorage, temporary_name
+
+_MEND = "choose a new or empty folder"
 
 
 @dataclass(frozen=True)
@@ -41,42 +44,34 @@ class Exported:
     """Whether the folder has a tokenizer that the library reads; tokens that are bytes have none."""
 
 
-def export(run: str, out: str | Path) -> Exported:
-    """Write the assembled model in `run`, a run directory or model folder, into the new folder `out`.
+def export(model: AssembledModel, out: str | Path) -> Exported:
+    """Write an assembled model into the folder `out` of this machine.
 
     A text goes into the exported model as it goes into ours: first the document separator (bos_token_id in
-    config.json), then the tokens.
+    config.json), which the exported tokenizer puts there, then the tokens.
+
+    A new folder appears under its name complete. One that is there is filled in place, since it may be a mount point or
+    the working directory; config.json comes last, and without it nobody takes the rest for a model.
 
     Raises:
-        UserError: there is no assembled model, or one of another family, or `out` is taken or cannot be written.
-        CorruptData: the model's files are damaged.
+        UserError: the model is of another family, or `out` is taken or cannot be written.
     """
-    target = Path(out).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("is there already", field="--out", value=target, mend="choose a new or empty folder")
-    model = load_model(run)
+    target = _located(out)
+    there = _is_there(target)
     section = model.config.model
     if section.family != "causal_lm":
-        raise UserError(f"holds a {section.family}, and only causal_lm can be exported", field="RUN", value=run)
+        raise UserError("cannot be exported, only causal_lm can", field="model.family", value=section.family)
     assert isinstance(section, CausalLMConfig)
     tensors = clean_weights(model)
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     tokenizer = _tokenizer_files(model, section)
     files = {
-        "config.json": _text(_describe(section, tied=HEAD not in tensors)),
         "README.md": _card(model, bool(tokenizer)).encode(),
         **tokenizer,
         "model.safetensors": data,
+        "config.json": _text(_describe(section, tied=HEAD not in tensors)),
     }
-    storage, folder = Storage.open(target.parent), temporary_name(target.name)
-    try:
-        for name, content in files.items():
-            storage.write_atomic(f"{folder}/{name}", content)
-        storage.commit_folder(folder, target.name)
-    except BaseException:
-        with contextlib.suppress(UserError):
-            storage.remove_tree(folder)
-        raise
+    _write(files, target, there)
     return Exported(
         path=str(target),
         clean_path=not model.end_to_end,
@@ -84,6 +79,50 @@ def export(run: str, out: str | Path) -> Exported:
         bytes=len(data),
         tokenizer=bool(tokenizer),
     )
+
+
+def _located(out: str | Path) -> Path:
+    """The folder's absolute path."""
+    if "://" in str(out):
+        mend = "export to a folder of this machine, which the library can read, and copy it from there"
+        raise UserError("is an address", field="--out", value=str(out), mend=mend)
+    try:
+        return Path(out).expanduser().absolute()
+    except RuntimeError:
+        raise UserError("names a home that cannot be found", field="--out", value=str(out), mend=_MEND) from None
+
+
+def _is_there(target: Path) -> bool:
+    """Whether the folder is there, empty.
+
+    Raises:
+        UserError: it holds something, or there can be no such folder.
+    """
+    try:
+        names = os.listdir(target)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        problem = f"cannot be used: {error.strerror}"
+        raise UserError(problem, field="--out", value=target, mend=_MEND) from None
+    if names:
+        raise UserError("is there already", field="--out", value=target, mend=_MEND)
+    return True
+
+
+def _write(files: dict[str, bytes], target: Path, there: bool) -> None:
+    """All files or none."""
+    storage, folder = LocalStorage(target.parent), target.name if there else temporary_name(target.name)
+    try:
+        for name, content in files.items():
+            storage.write_atomic(f"{folder}/{name}", content)
+        if not there:
+            storage.commit_folder(folder, target.name)
+    except BaseException:
+        with contextlib.suppress(UserError):
+            for name in [f"{folder}/{name}" for name in files] if there else [folder]:
+                storage.remove_tree(name)
+        raise
 
 
 def clean_weights(model: AssembledModel) -> dict[str, Tensor]:
@@ -132,18 +171,30 @@ def _describe(model: CausalLMConfig, tied: bool) -> dict[str, Any]:
 
 
 def _tokenizer_files(model: AssembledModel, section: CausalLMConfig) -> dict[str, bytes]:
-    """The tokenizer and what the library wants to know of it; none where tokens are bytes."""
+    """The tokenizer and what the library wants to know of it; none where tokens are bytes.
+
+    Whatever the tokenizer used to put around a text, the separator before it is what the network was trained with.
+    """
     if model.tokenizer is None or load_tokenizer(model.tokenizer).kind == "byte":
         return {}
-    added = {token["id"]: token["content"] for token in json.loads(model.tokenizer)["added_tokens"]}
+    raw = json.loads(model.tokenizer)
+    separator = {token["id"]: token["content"] for token in raw["added_tokens"]}[section.begin]
+    begin = {"SpecialToken": {"id": separator, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, begin, second],
+        "special_tokens": {separator: {"id": separator, "ids": [section.begin], "tokens": [separator]}},
+    }
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": added[section.begin],
-        "eos_token": added[section.begin],
+        "bos_token": separator,
+        "eos_token": separator,
         "model_max_length": section.length,
         "clean_up_tokenization_spaces": False,
     }
-    return {TOKENIZER: model.tokenizer, "tokenizer_config.json": _text(about)}
+    return {TOKENIZER: json.dumps(raw, ensure_ascii=False).encode(), "tokenizer_config.json": _text(about)}
 
 
 def _card(model: AssembledModel, has_tokenizer: bool) -> str:
@@ -157,10 +208,15 @@ def _card(model: AssembledModel, has_tokenizer: bool) -> str:
             " first block, all layers, final norm and head of the last. This is an ordinary forward pass and not the"
             " denoising chain, which the run's own model folder has; how well it predicts is for you to measure."
         )
-    ids = "Its tokenizer is here." if has_tokenizer else "Token ids 0 to 255 are the bytes of UTF-8 text."
+    if has_tokenizer:
+        ids = f"Its tokenizer is here, and puts the token {section.begin}, which ends documents, before every text."
+    else:
+        ids = (
+            f"Token ids 0 to 255 are the bytes of UTF-8 text. Every text begins with the token {section.begin}, which"
+            " also ends documents."
+        )
     return (
-        f"# {config.name}\n\n{what}\n\n"
-        f"{ids} Every text begins with the token {section.begin}, which also ends documents.\n\n"
+        f"# {config.name}\n\n{what}\n\n{ids} A text has at most {section.length} tokens, that one included.\n\n"
         f"- SHA-256 of the model.safetensors it was made from: `{model.sha256}`\n"
     )
 

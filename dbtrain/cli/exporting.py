@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,13 +12,16 @@ from dbtrain.cli.output import AsJson, emit_json, err, human_bytes
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory or model folder.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder of the export.", show_default=False)],
+    out: Annotated[
+        str, typer.Option("--out", metavar="DIR", help="New or empty folder for the export.", show_default=False)
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Write a causal language model as a Hugging Face Llama: of blocks, the plain forward pass through all layers."""
     from dbtrain.assembly.export import export as export_model
+    from dbtrain.inference.runs import model_at
 
-    made = export_model(run, out)
+    made = export_model(model_at(run), out)
     if as_json:
         emit_json(asdict(made))
         return

@@ -189,7 +189,7 @@ class Checkpoint:
     def _check_form(self) -> None:
         about = self._about
         names = about.get("architectures")
-        if about["model_type"] not in _DEFAULTS:
+        if str(about["model_type"]) not in _DEFAULTS:
             raise self._uncut(f"its layers are not Llama's: model_type is {about['model_type']!r}")
         if names and not (isinstance(names, list) and set(map(str, names)) <= set(_ARCHITECTURES)):
             raise self._uncut(f"it is not a language model with a head for tokens: architectures is {names}")
@@ -208,9 +208,12 @@ class Checkpoint:
         width, heads, head_width = (self._size(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
         if head_width * heads != width:
             raise self._uncut(f"its heads are {head_width} wide and not {width} / {heads} (head_dim)")
-        window = about.get("sliding_window") if about["model_type"] == "mistral" else None
-        if window is not None and window < self._model.length:
-            raise self._uncut(f"its attention has a window of {window} tokens, shorter than the text (sliding_window)")
+        if about["model_type"] == "mistral" and about["sliding_window"] is not None:
+            window = self._size("sliding_window")
+            if window < self._model.length:
+                raise self._uncut(
+                    f"its attention has a window of {window} tokens, shorter than the text (sliding_window)"
+                )
 
     def _check_sizes(self) -> None:
         for field, name in _SIZES.items():
@@ -220,7 +223,10 @@ class Checkpoint:
             if have != need:
                 mend = f"set model.{field}={need}"
                 if field == "vocab_size":
-                    mend += ", and prepare the text with the checkpoint's tokenizer"
+                    mend += (
+                        ", and prepare the text with the checkpoint's tokenizer; if that knows fewer tokens, fit the"
+                        " checkpoint to it with resize_token_embeddings of transformers"
+                    )
                 raise UserError(
                     f"the checkpoint in {self.folder} has {name} {need}", field=f"model.{field}", value=have, mend=mend
                 )

@@ -206,7 +206,8 @@ def _fit(module: torch.nn.Module, steps: int, loss_of: Any) -> None:
 
 
 def test_clean_loss_keeps_what_the_checkpoint_can_do(tmp_path: Path) -> None:
-    """One block of all layers: without the clean loss its next-token cross-entropy gets worse, with it, it does not."""
+    """Next-token cross-entropy of the clean path, as it is exported: without the clean loss it gets worse. With it a
+    single block gets better; several lose less, for each learns to stand alone. docs/pretrained.md has the figures."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16, "rms_norm_eps": 1e-5}
     torch.manual_seed(0)
     network = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=32, intermediate_size=48, **sizes))
@@ -214,26 +215,35 @@ def test_clean_loss_keeps_what_the_checkpoint_can_do(tmp_path: Path) -> None:
     save_llama(tmp_path / "llama", network)
     held_out = _markov(256, seed=10**6)
 
-    def clean_cross_entropy(block: CausalLMBlock) -> float:
-        still = torch.zeros(256, 16, 32), torch.ones(256, 1)
+    def clean_cross_entropy(blocks: list[CausalLMBlock]) -> float:
         with torch.no_grad():
-            said = block(held_out, *still, clean=True)[:, 16:]
+            x = blocks[0].embed_tokens(blocks[0].shifted(held_out))
+            for block in blocks:
+                for layer in block.layers:
+                    x = layer(x, block.rotary(slice(0, 16)))
+            said = blocks[-1].head(blocks[-1].norm(x))
         return float(F.cross_entropy(said.flatten(0, 1), held_out.flatten()))
 
     section = {"depth": 2, "width": 32, "heads": 2, "kv_heads": 2, "mlp_width": 48, "length": 16, "vocab_size": 16}
     usual = {"rope_theta": 10000.0, "norm_eps": 1e-5}
     found = {}
-    for clean_loss in (0.0, 1.0):
+    for count, clean_loss in ((1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)):
         model = {**section, **usual, "clean_loss": clean_loss}
-        config = _config(tmp_path, tmp_path / "llama", model=model, blocks={"count": 1}, noise={"p_mean": 0.5})
-        family = family_of(config)
-        torch.manual_seed(0)
-        block = family.build_block(config, (0, 2), WHOLE, family.codebook(config))
-        assert isinstance(block, CausalLMBlock)
-        family.start_from(config, (0, 2), block)
-        before = clean_cross_entropy(block)
-        source = torch.Generator().manual_seed(3)
-        _fit(block, 60, lambda rows, b=block, s=source: b.training_loss({"tokens": rows}, b.draw(32, s)))
-        found[clean_loss] = clean_cross_entropy(block) - before
-    assert found[0.0] > 0.1
-    assert found[1.0] < 0.02
+        config = _config(tmp_path, tmp_path / "llama", model=model, blocks={"count": count}, noise={"p_mean": 0.5})
+        family, blocks = family_of(config), []
+        for piece in family.cut(config):
+            torch.manual_seed(0)
+            assert piece.trained is not None
+            block = family.build_block(config, piece.layers, piece.trained, family.codebook(config))
+            assert isinstance(block, CausalLMBlock)
+            family.start_from(config, piece.layers, block)
+            blocks.append(block)
+        before = clean_cross_entropy(blocks)
+        for block in blocks:
+            source = torch.Generator().manual_seed(3)
+            _fit(block, 60, lambda rows, b=block, s=source: b.training_loss({"tokens": rows}, b.draw(32, s)))
+        found[count, clean_loss] = clean_cross_entropy(blocks) - before
+        print(f"{count} blocks, clean_loss {clean_loss}: {before:.2f} nats, {found[count, clean_loss]:+.2f}")
+    assert found[1, 0.0] > 0.1
+    assert found[1, 1.0] < 0.02
+    assert found[2, 1.0] < found[2, 0.0] - 0.1

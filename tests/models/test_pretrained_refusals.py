@@ -46,6 +46,7 @@ def _refused(checkpoint: Path, kind: type[UserError] = UserError, **model: Any) 
             "its layers are not Llama's: model_type is 'gpt2'",
         ),
         ({"model_type": None}, "its layers are not Llama's: model_type is None"),
+        ({"model_type": ["llama"]}, "its layers are not Llama's: model_type is ['llama']"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a language model with a head for tokens"),
         ({"quantization_config": {"bits": 4}}, "its weights are quantised"),
         ({"attention_bias": True}, "its attention has biases"),
@@ -101,6 +102,14 @@ def test_other_sizes(tmp_path: Path, section: dict[str, Any], message: str) -> N
     assert _refused(folder, **section).startswith(message.format(folder))
 
 
+def test_a_padded_vocabulary_says_what_to_do(tmp_path: Path) -> None:
+    """Neither number is right by itself: the text asks for the tokenizer's, the checkpoint for its own."""
+    assert "resize_token_embeddings" in _refused(save_llama(tmp_path / "llama"), vocab_size=250)
+    network = make_llama()
+    network.resize_token_embeddings(250)
+    make_plan(_config(save_llama(tmp_path / "fitting", network), vocab_size=250))
+
+
 def test_older_spellings_and_values_left_out(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "llama")
 
@@ -139,6 +148,15 @@ def test_a_size_that_is_none(tmp_path: Path, value: object) -> None:
     folder = save_llama(tmp_path / "llama")
     edit_json(folder / "config.json", lambda about: about.update(hidden_size=value))
     assert "config.json has hidden_size" in _refused(folder, CorruptData)
+
+
+@pytest.mark.parametrize("value", ["64", [64], {}, 0, True])
+def test_a_window_that_is_none(tmp_path: Path, value: object) -> None:
+    folder = save_llama(tmp_path / "llama", make_llama(mistral=True))
+    edit_json(folder / "config.json", lambda about: about.update(sliding_window=value))
+    assert f"config.json has sliding_window {value!r}, which is no size" in _refused(folder, CorruptData)
+    edit_json(folder / "config.json", lambda about: about.update(sliding_window=32))
+    make_plan(_config(folder))
 
 
 def test_nothing_there(tmp_path: Path) -> None:
