@@ -17,7 +17,7 @@ from dbtrain.diffusion.precondition import c_in, c_noise, weights
 from dbtrain.model_config import CausalLMConfig, LlamaConfig
 from dbtrain.models.family import Batch, Draw, Family, TrainableModule, register
 from dbtrain.models.layers import NoiseEmbedding, apply_layers, initialise, modulate
-from dbtrain.models.llama import KVCache, LlamaLayer, Rotary, Streams, noisy_mask
+from dbtrain.models.llama import KVCache, LlamaLayer, RMSNorm, Rotary, Streams, noisy_mask
 from dbtrain.models.pretrained import Checkpoint, codebook_of_checkpoint, start_from_checkpoint
 from dbtrain.plan import NoiseRange
 
@@ -33,7 +33,7 @@ class TokenModel(TrainableModule):
         self.model = model
         self.embed_tokens = nn.Embedding(model.vocab_size, model.width)
         self.rotary = Rotary(model)
-        self.norm = nn.RMSNorm(model.width, model.norm_eps)
+        self.norm = RMSNorm(model.width, model.norm_eps)
         self.lm_head = None if model.tie_head else nn.Linear(model.width, model.vocab_size, bias=False)
 
     def head(self, x_ntd: Tensor) -> Tensor:

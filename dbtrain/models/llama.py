@@ -180,6 +180,14 @@ class LlamaMLP(nn.Module):
         return out
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, with its weight in the type of what it norms: under autocast two types would keep it from fusing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normed over the last dimension, in the type of `x`."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class LlamaLayer(nn.Module):
     """A Llama layer. A conditioned one has a noisy stream beside the clean one, through the same weights.
 
@@ -190,9 +198,9 @@ class LlamaLayer(nn.Module):
     def __init__(self, model: LlamaConfig, *, condition: int | None):
         """`condition` is the size of the condition vector; None for a layer without a noisy stream."""
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(model.width, model.norm_eps)
+        self.input_layernorm = RMSNorm(model.width, model.norm_eps)
         self.self_attn = LlamaAttention(model)
-        self.post_attention_layernorm = nn.RMSNorm(model.width, model.norm_eps)
+        self.post_attention_layernorm = RMSNorm(model.width, model.norm_eps)
         self.mlp = LlamaMLP(model)
         self.dropout = nn.Dropout(model.dropout)
         self.modulation = None if condition is None else nn.Linear(condition, 6 * model.width)

@@ -25,7 +25,7 @@ from dbtrain.model_config import RecurrentLMConfig
 from dbtrain.models.causal_lm import CausalLMBlock, TokenModel, initialise_tokens
 from dbtrain.models.family import Batch, Draw, Family, Piece, register
 from dbtrain.models.layers import apply_layers
-from dbtrain.models.llama import Appended, KVCache, LlamaLayer, Streams
+from dbtrain.models.llama import Appended, KVCache, LlamaLayer, RMSNorm, Streams
 from dbtrain.plan import NoiseRange
 from dbtrain.randomness import derive_key, generator
 
@@ -42,7 +42,7 @@ class Context(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(LlamaLayer(model, condition=None) for _ in range(model.prelude))
         # The two inputs of the adapter have to be of one size.
-        self.norm = nn.RMSNorm(model.width, model.norm_eps)
+        self.norm = RMSNorm(model.width, model.norm_eps)
         self.adapter = nn.Linear(2 * model.width, model.width, bias=False)
 
     def forward(self, embedded_ntd: Tensor, rotation: Tensor, recompute: bool) -> Tensor:
@@ -144,7 +144,7 @@ class RecurrentLM(TokenModel):
         self.recurrent, self.seed = model, config.seed
         self.prelude = Context(model)
         self.core = nn.ModuleList(LlamaLayer(model, condition=None) for _ in range(model.core))
-        self.core_norm = nn.RMSNorm(model.width, model.norm_eps)
+        self.core_norm = RMSNorm(model.width, model.norm_eps)
         self.coda = nn.ModuleList(LlamaLayer(model, condition=None) for _ in range(model.coda))
         initialise_tokens(self)
 

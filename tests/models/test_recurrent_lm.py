@@ -164,8 +164,12 @@ def test_gradients_go_through_the_last_iterations(iterations: int, backprop: int
     assert cut == (iterations > backprop)
 
 
+@pytest.mark.filterwarnings("error")
 def test_gradients_flow_under_autocast() -> None:
-    """Autocast converts a weight once, in an iteration without gradients; old versions of PyTorch lost them by it."""
+    """Autocast converts a weight once, in an iteration without gradients; old versions of PyTorch lost them by it.
+
+    And nothing takes a slow path, of which PyTorch would warn.
+    """
     whole = _whole(_config({"backprop": 1}))
     with torch.autocast("cpu", torch.bfloat16):
         rough = _gradients(whole, _draw(whole, 3))
