@@ -21,6 +21,8 @@ _IMAGES = ("--count", "--label", "--steps", "--solver", "--guidance", "--seed", 
 _CONTINUED = ("--prompt", "--tokens", "--temperature", "--top-p", "--greedy", "--readout", "--steps", "--seed")
 _UNMASKED = ("--count", "--infill", "--temperature", "--top-p", "--steps", "--seed")
 _GAP = "[["
+_DIGITS = 9
+"""Of a gap's length, at most."""
 
 
 def sample(
@@ -150,7 +152,7 @@ def _parts(text: str) -> list[str | int]:
     parts: list[str | int] = [first] if first else []
     for piece in rest:
         number, closed, after = piece.partition("]]")
-        if not closed or not number.isdigit():
+        if not closed or not (number.isascii() and number.isdigit() and len(number) <= _DIGITS):
             raise UserError(
                 "has a gap that is not closed, or not a number", field="--infill", value=text, mend="write [[12]]"
             )

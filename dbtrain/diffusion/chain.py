@@ -110,13 +110,14 @@ def read_out(traces: Sequence[ChainTrace], name: str) -> Tensor:
         raise ValueError("a read-out needs at least one trace")
     base = name.removesuffix("_mean")
     used = traces if name != base else traces[:1]
-    return torch.stack([_read_one(trace, base) for trace in used]).mean(dim=0)
+    return torch.stack([log_read_out(trace, base).exp() for trace in used]).mean(dim=0)
 
 
-def _read_one(trace: ChainTrace, base: str) -> Tensor:
+def log_read_out(trace: ChainTrace, base: str) -> Tensor:
+    """Log-probabilities of the labels, (N, classes), of one walk by `first`, `last` or `product`."""
     if base == "product":
-        return torch.stack(trace.log_probs).sum(dim=0).softmax(dim=-1)
-    return trace.log_probs[0 if base == "first" else -1].exp()
+        return torch.stack(trace.log_probs).sum(dim=0).log_softmax(dim=-1)
+    return trace.log_probs[0 if base == "first" else -1]
 
 
 def _estimate(log_probs: Tensor, codes: Tensor, bridge: Literal["softmax", "argmax"]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dbtrain.config import READOUTS
 from dbtrain.data.shards import ShardSet
-from dbtrain.diffusion.chain import ChainTrace, read_out
+from dbtrain.diffusion.chain import ChainTrace, log_read_out
 from dbtrain.errors import UserError
 from dbtrain.inference.decoding import Decoding
 from dbtrain.inference.evaluation import BITS_PER_BYTE, Evaluation, Point, Progress
@@ -39,10 +39,9 @@ class _Tally:
     def __init__(self) -> None:
         self.nats: dict[str, float] = {}
 
-    def add(self, name: str, probabilities_t: Tensor, share: float = 1.0) -> None:
-        """Take in the probabilities (T,) of true tokens; `share` weighs them where several noises are averaged."""
-        nats = -probabilities_t.double().clamp_min(1e-30).log().sum()
-        self.nats[name] = self.nats.get(name, 0.0) + share * float(nats)
+    def add(self, name: str, log_probs_t: Tensor, share: float = 1.0) -> None:
+        """Take in log-probabilities (T,) of true tokens; `share` weighs them where several noises are averaged."""
+        self.nats[name] = self.nats.get(name, 0.0) - share * float(log_probs_t.double().sum())
 
 
 def evaluate_text(
@@ -79,7 +78,7 @@ def evaluate_text(
         tokens += tokens_nl.numel()
         num_bytes += int(sizes[tokens_nl.cpu()].sum())
         if model.end_to_end:
-            tally.add(BITS_PER_BYTE.name, _true(generator.logits(tokens_nl).softmax(dim=-1), tokens_nl))
+            tally.add(BITS_PER_BYTE.name, _true(generator.logits(tokens_nl).log_softmax(dim=-1), tokens_nl))
         else:
             steps = _add_chain(generator, tokens_nl, chosen, tally)
             _add_alone(generator, tokens_nl, chosen, tally)
@@ -163,43 +162,46 @@ def _token_sizes(generator: TextGenerator) -> Tensor:
     return torch.tensor([len(token) for token in generator.tokenizer.token_bytes])
 
 
-def _true(probabilities: Tensor, tokens_nl: Tensor) -> Tensor:
-    """Probability of each true token, (N * L,), out of (N * L or N, L; V)."""
-    return probabilities.reshape(tokens_nl.numel(), -1).gather(1, tokens_nl.reshape(-1, 1))[:, 0]
+def _true(log_probs: Tensor, tokens_nl: Tensor) -> Tensor:
+    """Log-probability of each true token, (N * L,), out of (N * L or N, L; V).
+
+    A model that is sure of something else gives a token less than the least float32; its logarithm is exact.
+    """
+    return log_probs.reshape(tokens_nl.numel(), -1).gather(1, tokens_nl.reshape(-1, 1))[:, 0]
 
 
 def _add_chain(generator: TextGenerator, tokens_nl: Tensor, rows: Ids, tally: _Tally) -> list[tuple[int, float]]:
     """Every read-out and step for one batch; returns the chain's (block, sigma) steps."""
     noises = generator.config.chain.start_noises
     trace: ChainTrace | None = None
-    means = {name: torch.zeros(tokens_nl.numel(), device=tokens_nl.device) for name in READOUTS}
+    walks: dict[str, list[Tensor]] = {name: [] for name in READOUTS}
     for noise in range(noises):
         trace = generator.trace(tokens_nl, rows, noise)
         for index, log_probs in enumerate(trace.log_probs):
-            tally.add(f"step {index}", _true(log_probs.exp(), tokens_nl), share=1 / noises)
+            tally.add(f"step {index}", _true(log_probs, tokens_nl), share=1 / noises)
         for name in READOUTS:
             base = name.removesuffix("_mean")
             # One walk at a time: the mean of the true token's probability is that of the mean distribution.
             if name != base or noise == 0:
-                means[name] += _true(read_out([trace], base), tokens_nl) / (noises if name != base else 1)
-    for name in READOUTS:
-        tally.add(name, means[name])
+                walks[name].append(_true(log_read_out(trace, base), tokens_nl).double())
+    for name, said in walks.items():
+        tally.add(name, torch.stack(said).logsumexp(dim=0) - math.log(len(said)))
     assert trace is not None
     return list(zip(trace.blocks, trace.sigmas, strict=True))
 
 
 def _iterated(generator: TextGenerator, tokens_nl: Tensor, rows: Ids, count: int) -> Tensor:
-    """Probability of each true token, (N * L,), after `count` iterations."""
+    """Log-probability of each true token, (N * L,), after `count` iterations."""
     if generator.model.end_to_end:
-        return _true(generator.logits(tokens_nl, count).softmax(dim=-1), tokens_nl)
-    return _true(generator.trace(tokens_nl, rows, 0, count).log_probs[-1].exp(), tokens_nl)
+        return _true(generator.logits(tokens_nl, count).log_softmax(dim=-1), tokens_nl)
+    return _true(generator.trace(tokens_nl, rows, 0, count).log_probs[-1], tokens_nl)
 
 
 def _add_alone(generator: TextGenerator, tokens_nl: Tensor, rows: Ids, tally: _Tally) -> None:
     noise = generator.start(rows, 0)
     for index, own in enumerate(generator.model.ranges):
         said = generator.log_probs(tokens_nl, index, own.high * noise, own.high)
-        tally.add(f"alone {index}", _true(said.exp(), tokens_nl))
+        tally.add(f"alone {index}", _true(said, tokens_nl))
 
 
 def _to_the_end(ids: Ids, separator: int) -> Ids:
@@ -215,9 +217,8 @@ def _judge(judge: TextGenerator, prompts: Sequence[Ids], texts: Sequence[Ids]) -
         row = np.zeros((1, judge.length), dtype=np.int64)
         row[0, : len(prompt) + len(text)] = np.concatenate([prompt, text])
         tokens_nl = torch.from_numpy(row).to(judge.model.device)
-        probabilities = _true(judge.logits(tokens_nl).softmax(dim=-1), tokens_nl)
-        said = probabilities[len(prompt) : len(prompt) + len(text)]
-        nats -= float(said.double().clamp_min(1e-30).log().sum())
+        log_probs = _true(judge.logits(tokens_nl).log_softmax(dim=-1), tokens_nl)
+        nats -= float(log_probs[len(prompt) : len(prompt) + len(text)].double().sum())
         num_bytes += int(sizes[torch.from_numpy(text)].sum())
     # A model that ends every text at once has written no byte, and paid for the ends.
     return nats / math.log(2.0) / max(1, num_bytes)

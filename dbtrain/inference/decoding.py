@@ -9,6 +9,23 @@ from torch import Tensor
 
 from dbtrain.errors import UserError
 
+MOST_STEPS = 100_000
+"""Steps of a walk, or iterations, at most."""
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError: it is not one of those that a run may have."""
+    if not 0 <= seed < 2**63:
+        raise UserError("has to be from 0 to 2**63 - 1", field="--seed", value=seed)
+
+
+def check_steps(steps: int) -> None:
+    """Raises UserError: no walk has so many."""
+    if steps < 1:
+        raise UserError("has to be at least 1", field="--steps", value=steps)
+    if steps > MOST_STEPS:
+        raise UserError(f"has to be at most {MOST_STEPS}", field="--steps", value=steps)
+
 
 def choose(log_probs_nv: Tensor, uniform_n: Tensor, *, temperature: float, top_p: float) -> Tensor:
     """One token a row, by inverting the distribution function of the rows' tokens at `uniform_n`.

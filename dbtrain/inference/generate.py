@@ -14,7 +14,7 @@ from dbtrain.config import READOUTS
 from dbtrain.data.text.tokenizer import load_tokenizer
 from dbtrain.diffusion.chain import ChainTrace, run_chain
 from dbtrain.errors import UserError
-from dbtrain.inference.decoding import Decoding
+from dbtrain.inference.decoding import Decoding, check_seed, check_steps
 from dbtrain.inference.text_sessions import chain_steps, open_session
 from dbtrain.model_config import TextModelConfig
 from dbtrain.randomness import derive_key, keyed_normal, keyed_uniform
@@ -71,6 +71,7 @@ class TextGenerator:
         """
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         decoding = Decoding(temperature, top_p, greedy)
+        check_seed(seed)
         self.check_chain(steps, readout)
         ids = [self._encode(prompt) for prompt in asked]
         counts = [self._room(each, tokens) for each in ids]
@@ -113,8 +114,7 @@ class TextGenerator:
             raise UserError("is not a read-out of this model", field="--readout", value=readout, mend=mend)
         if steps is None:
             return
-        if steps < 1:
-            raise UserError("has to be at least 1", field="--steps", value=steps)
+        check_steps(steps)
         if self.model.end_to_end:
             if self.model.modules[0].iterates:
                 return
@@ -179,7 +179,7 @@ class TextGenerator:
         return normal.to(self.model.device)
 
     def _encode(self, prompt: str) -> Ids:
-        ids = self.tokenizer.encode(prompt)
+        ids = self.tokenizer.encode(prompt, field="--prompt")
         if len(ids) == 0:
             mend = "give some text to go on from"
             raise UserError("is empty", field="--prompt", value=prompt, mend=mend)

@@ -15,7 +15,7 @@ from dbtrain.data.text.tokenizer import load_tokenizer
 from dbtrain.diffusion.masking import MaskSchedule, level_grid, partition_levels
 from dbtrain.diffusion.partition import owner
 from dbtrain.errors import UserError
-from dbtrain.inference.decoding import choose
+from dbtrain.inference.decoding import check_seed, check_steps, choose
 from dbtrain.model_config import MaskedLMConfig
 from dbtrain.models.masked_lm import MaskedLM
 from dbtrain.randomness import derive_key, keyed_uniform
@@ -127,7 +127,7 @@ class TextUnmasker:
 
     def _piece(self, part: str | int) -> npt.NDArray[np.int64]:
         if isinstance(part, str):
-            return np.asarray(self.tokenizer.encode(part), dtype=np.int64)
+            return np.asarray(self.tokenizer.encode(part, field="--infill"), dtype=np.int64)
         if part < 1:
             raise UserError("a gap has at least one token", field="--infill", value=part)
         if part > self.length:
@@ -151,6 +151,7 @@ class TextUnmasker:
         """
         steps = self.config.chain.steps if steps is None else steps
         assert steps is not None, "the family's defaults give one"
+        check_seed(seed)
         _check(steps, temperature, top_p)
         tokens_nl = tokens_nl.clone()
         share = float((tokens_nl[0] == self.mask_id).double().mean())
@@ -171,8 +172,7 @@ class TextUnmasker:
 
 def _check(steps: int, temperature: float, top_p: float) -> None:
     """Raises UserError for an option out of its range; NaN is out of every range."""
-    if steps < 1:
-        raise UserError("has to be at least 1", field="--steps", value=steps)
+    check_steps(steps)
     if not (temperature > 0.0 and math.isfinite(temperature)):
         raise UserError(
             "has to be above 0", field="--temperature", value=temperature, mend="--temperature 0.01 is nearly greedy"

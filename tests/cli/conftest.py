@@ -32,6 +32,21 @@ def trained_runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture(scope="session")
+def texts(family_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Assembled runs `causal_lm` and `masked_lm`, and the first's `baseline`; nobody writes there."""
+    folder = tmp_path_factory.mktemp("texts")
+    for family in ("causal_lm", "masked_lm"):
+        recipe = folder / f"{family}.yaml"
+        recipe.write_text(family_config(family, training={"steps": 1}).to_yaml())
+        assert dbtrain("train", recipe, "--run", folder / family, "--backend", "inline").code == 0
+        assert dbtrain("assemble", folder / family).code == 0
+    recipe = folder / "causal_lm.yaml"
+    assert dbtrain("baseline", recipe, "--run", folder / "baseline", "--backend", "inline").code == 0
+    assert dbtrain("assemble", folder / "baseline").code == 0
+    return folder
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is the working directory."""

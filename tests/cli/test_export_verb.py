@@ -9,23 +9,7 @@ from pathlib import Path
 import pytest
 from command import assert_refused, dbtrain, small_disk, tree, unchanged
 
-from dbtrain.config import RunConfig
-
 FILES = {"README.md", "config.json", "model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def texts(family_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Assembled runs `causal_lm` and `masked_lm`, and the first's end-to-end `baseline`, which is finished."""
-    folder = tmp_path_factory.mktemp("texts")
-    for family in ("causal_lm", "masked_lm"):
-        recipe = folder / f"{family}.yaml"
-        recipe.write_text(family_config(family, training={"steps": 1}).to_yaml())
-        assert dbtrain("train", recipe, "--run", folder / family, "--backend", "inline").code == 0
-        assert dbtrain("assemble", folder / family).code == 0
-    recipe = folder / "causal_lm.yaml"
-    assert dbtrain("baseline", recipe, "--run", folder / "baseline", "--backend", "inline").code == 0
-    return folder
 
 
 @pytest.fixture
@@ -56,6 +40,7 @@ def test_for_people(texts: Path, model: Path, place: Path) -> None:
     assert "not the denoising chain" in result.stderr
     assert "the folder has no tokenizer" in result.stderr
     shutil.copytree(texts / "baseline", place / "baseline")
+    shutil.rmtree("baseline/model")  # a finished run is assembled by the verb
     whole = dbtrain("export", "baseline", "--out", "whole")
     assert whole.code == 0
     assert "denoising" not in whole.stderr
@@ -178,6 +163,7 @@ def test_a_read_only_disk(model: Path, tmp_path: Path) -> None:
 def unfinished(texts: Path, place: Path) -> list[str]:
     run = shutil.copytree(texts / "baseline", place / "run")
     shutil.rmtree(run / "blocks" / "00" / "checkpoints")
+    shutil.rmtree(run / "model")
     return ["block 0 has no checkpoint yet", "train it first"]
 
 

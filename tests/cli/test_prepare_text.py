@@ -56,6 +56,8 @@ MISTAKES = {
     "a small vocabulary": (["topics", "--tokenizer", "bpe", "--vocab-size", "9"], "--vocab-size = 9", "at least 257"),
     "not UTF-8": (["latin.txt"], "latin.txt", "not UTF-8 at byte 1"),
     "a broken line": (["lines.jsonl"], "lines.jsonl, line 2", "is not JSON"),
+    "two kinds of text": (["mixed"], "SOURCE = 'mixed'", "has JSON lines (a.jsonl) and text files (b.txt)"),
+    "a file of no kind": (["program.py"], "SOURCE = 'program.py'", "is neither text (.txt, .md), JSON lines"),
     "another key": (["good.jsonl", "--text-column", "body"], "good.jsonl, line 1", "no string under 'body'"),
 }
 
@@ -66,6 +68,10 @@ def test_mistakes(place: Path, mistake: str) -> None:
     (place / "lines.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (place / "good.jsonl").write_text('{"text": "a"}\n')
     (place / "wrong.json").write_text("{}")
+    (place / "program.py").write_text("print(1)\n")
+    (place / "mixed").mkdir()
+    for name in ("a.jsonl", "b.txt", "README.md"):
+        (place / "mixed" / name).write_text('{"text": "a"}\n')
     arguments, *expected = MISTAKES[mistake]
     with unchanged(place):
         assert_refused(dbtrain("prepare", *arguments, "--out", "shards"), *expected)

@@ -54,13 +54,42 @@ def open_source(source: str, options: SourceOptions) -> Source:
     if not suffixes.isdisjoint((*PARQUET, *ARROW)):
         return _open_tables(source, options)
     if not suffixes.isdisjoint(_LINES):
-        return _open_text(path, [file for file in files if file.suffix.lower() in _LINES], options, lines=True)
+        lines = [file for file in files if file.suffix.lower() in _LINES]
+        others = [file for file in files if file.suffix.lower() in _TEXT and not _is_about(file)]
+        if others:
+            raise UserError(
+                f"has JSON lines ({lines[0].name}) and text files ({others[0].name})",
+                field="SOURCE",
+                value=source,
+                mend="give a folder with one of the two",
+            )
+        return _open_text(path, lines, options, lines=True)
     if path.is_file() and path.suffix.lower() not in _TEXT:
+        if not _is_table(path):
+            raise UserError(
+                "is neither text (.txt, .md), JSON lines (.jsonl), Parquet nor Arrow",
+                field="SOURCE",
+                value=source,
+                mend="if it is text, give it one of these endings",
+            )
         return _open_tables(source, options)
     if suffixes.isdisjoint(_TEXT) or not suffixes.isdisjoint(IMAGE_SUFFIXES):
         options.check_only(_IMAGE_OPTIONS, "class folders of images")
         return ClassFolders(path, options)
     return _open_text(path, [file for file in files if file.suffix.lower() in _TEXT], options, lines=False)
+
+
+def _is_about(file: Path) -> bool:
+    return file.stem.lower().startswith(_ABOUT)
+
+
+def _is_table(file: Path) -> bool:
+    """Whether a file without a telling name begins as tables do."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(6).startswith((b"PAR1", b"ARROW1"))
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", field="file", value=file) from None
 
 
 def _files(root: Path) -> list[Path]:
@@ -124,7 +153,7 @@ def _splits(root: Path, files: Sequence[Path], name: str) -> tuple[Sequence[Path
     test = next((groups[split] for split in TEST_NAMES if split in groups), None)
     if "train" not in groups or test is None:
         return files, None
-    others = [file for file in groups.get("", []) if not file.stem.lower().startswith(_ABOUT)]
+    others = [file for file in groups.get("", []) if not _is_about(file)]
     if others:
         raise UserError(
             f"has files for training and testing, and {others[0].relative_to(root)}, which is for neither",

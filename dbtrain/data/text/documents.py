@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -13,6 +13,7 @@ from dbtrain.data.sources.tables import TableFiles
 from dbtrain.errors import UserError
 
 DEFAULT_COLUMN = "text"
+_MARK = "\ufeff"
 
 
 class Documents(Protocol):
@@ -48,7 +49,7 @@ class TextFiles:
                 data = path.read_bytes()
             except OSError as error:
                 raise UserError(f"cannot be read: {error.strerror}", field="file", value=path) from None
-            yield _utf8(data, path, 0).removeprefix("\ufeff")
+            yield _utf8(data, path, 0).removeprefix(_MARK)
 
 
 class JsonLines:
@@ -71,13 +72,15 @@ class JsonLines:
         for path, number, offset, line in self._lines():
             where = f"{path}, line {number}"
             try:
-                value = json.loads(_utf8(line, path, offset))
-            except ValueError as error:
+                text = _utf8(line, path, offset)
+                value = json.loads(text.removeprefix(_MARK) if offset == 0 else text)
+            except (ValueError, RecursionError) as error:
+                reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
                 raise UserError(
-                    f"is not JSON: {error}", field="line", value=where, mend="mend or remove the line"
+                    f"is not JSON: {reason}", field="line", value=where, mend="mend or remove the line"
                 ) from None
-            text = value.get(self._key) if isinstance(value, dict) else None
-            if not isinstance(text, str):
+            found = value.get(self._key) if isinstance(value, dict) else None
+            if not isinstance(found, str):
                 raise UserError(
                     f"has no string under {self._key!r}",
                     field="line",
@@ -85,12 +88,12 @@ class JsonLines:
                     mend="name the key that has the text with --text-column",
                 )
             try:
-                text.encode()
+                found.encode()
             except UnicodeEncodeError:
                 raise UserError(
                     "has half of a surrogate pair in its text", field="line", value=where, mend="mend or remove it"
                 ) from None
-            yield text
+            yield found
 
     def _lines(self) -> Iterator[tuple[Path, int, int, bytes]]:
         """Path, number, first byte and content of every line that is not blank."""
@@ -119,11 +122,29 @@ class TableText:
         return sum(map(self._tables.rows, self._paths))
 
     def __iter__(self) -> Iterator[str]:
-        """Strings of the column; a null is an empty document."""
+        """Strings of the column; a null is an empty document.
+
+        Raises:
+            UserError: a file cannot be read, or a string in it is not UTF-8, which Arrow does not look at.
+        """
         for path in self._paths:
+            row = 0
             for batch in self._tables.batches(path, [self._column]):
-                for text in batch.column(0).to_pylist():
-                    yield text if text is not None else ""
+                for scalar in batch.column(0):
+                    row += 1
+                    yield self._string(scalar, path, row)
+
+    def _string(self, scalar: Any, path: str, row: int) -> str:
+        try:
+            text: str | None = scalar.as_py()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"is not UTF-8 at byte {error.start} of its {self._column!r}",
+                field="row",
+                value=f"{path}, row {row}",
+                mend="write the column again as UTF-8",
+            ) from None
+        return text if text is not None else ""
 
 
 def text_column(schema: pa.Schema, wanted: str | None) -> str | None:

@@ -19,6 +19,8 @@ from dbtrain.errors import UserError
 
 DEFAULT_LENGTH = 256
 DEFAULT_VOCAB = 4096
+LONGEST = 1 << 24
+"""Tokens in a window at most: far above what attention over all of it allows."""
 
 
 class SplitDocuments:
@@ -54,6 +56,8 @@ class PackedText:
     class_names = ()
 
     def __init__(self, name: str, documents: SplitDocuments, options: SourceOptions):
+        if options.length is not None and options.length > LONGEST:
+            raise UserError(f"has to be at most {LONGEST}", field="--length", value=options.length)
         self.name = name
         self.tokenizer = _tokenizer(documents, options)
         self.length = options.length if options.length is not None else DEFAULT_LENGTH

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ SEPARATORS = ("</s>", "<|endoftext|>", "<|end_of_text|>", SEPARATOR, "<eos>")
 """Special tokens that end documents in tokenizers from elsewhere."""
 SMALLEST_VOCAB = 257
 """All bytes and the separator."""
+LARGEST_VOCAB = 1 << 20
+"""Far above any in use. The library makes room for a whole vocabulary before it trains."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "▁"
@@ -95,8 +98,33 @@ class SubwordTokenizer(Tokenizer):
         text = super().decode(ids)
         return text.removeprefix(" ") if self._leading_space else text
 
-    def _encode(self, piece: str) -> Ids:
-        return np.array(self._library.encode(piece, add_special_tokens=False).ids, dtype=np.int64)
+    def _encode(self, piece: str, field: str) -> Ids:
+        ids = self._library.encode(piece, add_special_tokens=False).ids
+        self._check_spelling(piece, ids, field)
+        return np.array(ids, dtype=np.int64)
+
+    def _check_spelling(self, piece: str, ids: list[int], field: str) -> None:
+        """Whether the tokens spell all of a text, as the tokenizer normalises it. Bits per byte count on it.
+
+        Raises:
+            UserError: some of it is lost, as unknown letters are, and white space with some pre-tokenizers.
+        """
+        normalizer = self._library.normalizer
+        whole = piece if normalizer is None else normalizer.normalize_str(piece)
+        expected = (whole if self._byte_level else whole.replace(_SPACE, " ")).encode()
+        table = self.token_bytes
+        spelt = b"".join([table[index] for index in ids])
+        if spelt in (expected, b" " + expected):
+            return
+        pairs = zip(spelt.removeprefix(b" "), expected.removeprefix(b" "), strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        at = len(expected[: same + expected.startswith(b" ")].decode(errors="ignore"))
+        raise UserError(
+            f"the tokenizer's tokens do not spell it from {expected.decode()[at : at + 10]!r} on",
+            field=field,
+            value=expected.decode()[max(0, at - 20) : at + 20],
+            mend="take out what it does not know, or use a byte-level tokenizer, or one with bytes as fall-back",
+        )
 
     def _cut(self, text: str, limit: int) -> Iterator[str]:
         """At seams; but tokenizers with bytes as fall-back may put a space before what they get, and get it whole."""
@@ -109,8 +137,10 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     Every text can be encoded: the 256 bytes are tokens. A text with too few pairs gives fewer tokens than asked for.
 
     Raises:
-        UserError: the vocabulary is too small for the bytes, or the library is not installed.
+        UserError: the vocabulary is too small for the bytes, or beyond all bounds, or the library is not installed.
     """
+    if vocab_size > LARGEST_VOCAB:
+        raise UserError(f"has to be at most {LARGEST_VOCAB}", field="--vocab-size", value=vocab_size)
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
             f"has to be at least {SMALLEST_VOCAB}, all bytes and the separator", field="--vocab-size", value=vocab_size

@@ -41,29 +41,35 @@ class Tokenizer(ABC):
         """The content of its file, from which `load_tokenizer` makes an equal one."""
 
     @abstractmethod
-    def _encode(self, piece: str) -> Ids:
-        """Ids of text that `_cut` has put apart."""
+    def _encode(self, piece: str, field: str) -> Ids:
+        """Ids of text that `_cut` has put apart; `field` is what an error message calls it."""
 
     def _cut(self, text: str, limit: int) -> Iterator[str]:
         """Parts of a long text whose ids can be had one after the other."""
         for first in range(0, len(text), limit):
             yield text[first : first + limit]
 
-    def encode_pieces(self, text: str, limit: int = _PIECE) -> Iterator[Ids]:
+    def encode_pieces(self, text: str, limit: int = _PIECE, field: str = "text") -> Iterator[Ids]:
         """The ids of a text, about `limit` characters at a time, so that a long one needs little memory.
 
-        Raises:
-            UserError: the text holds half of a surrogate pair, which has no bytes.
-        """
-        return (self._encode(piece) for piece in self._cut(_encodable(text), limit))
+        Args:
+            text: any.
+            limit: characters.
+            field: what an error message calls the text.
 
-    def encode(self, text: str) -> Ids:
+        Raises:
+            UserError: the text holds half of a surrogate pair, which has no bytes, or what the tokenizer has no tokens
+                for.
+        """
+        return (self._encode(piece, field) for piece in self._cut(_encodable(text, field), limit))
+
+    def encode(self, text: str, field: str = "text") -> Ids:
         """Ids (N,) of a text, without a separator; special tokens' names in it are ordinary text.
 
         Raises:
-            UserError: the text holds half of a surrogate pair, which has no bytes.
+            UserError: as `encode_pieces`.
         """
-        return np.concatenate([np.empty(0, dtype=np.int64), *self.encode_pieces(text)])
+        return np.concatenate([np.empty(0, dtype=np.int64), *self.encode_pieces(text, field=field)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
@@ -87,7 +93,7 @@ class ByteTokenizer(Tokenizer):
         """A file that says so."""
         return _BYTE_FILE
 
-    def _encode(self, piece: str) -> Ids:
+    def _encode(self, piece: str, field: str) -> Ids:
         return np.frombuffer(piece.encode(), dtype=np.uint8).astype(np.int64)
 
 
@@ -139,11 +145,11 @@ def _parse(data: bytes, field: str, path: Path | None) -> dict[str, Any]:
     return raw
 
 
-def _encodable(text: str) -> str:
+def _encodable(text: str, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"holds half of a surrogate pair at character {error.start}", field="text", mend="give valid Unicode"
+            f"holds half of a surrogate pair at character {error.start}", field=field, mend="give valid Unicode"
         ) from None
     return text
