@@ -203,8 +203,11 @@ def test_missing_source(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
-    (tmp_path / "notes.doc").write_text("hello")
-    assert "is not readable as Parquet" in str(failure(tmp_path / "notes.doc", tmp_path))
+    for name, message in (("a.parquet", "is not readable as Parquet"), ("a.doc", "is neither text (.txt, .md)")):
+        (tmp_path / name).write_text("hello")
+        assert message in str(failure(tmp_path / name, tmp_path))
+    (tmp_path / "a.doc").write_bytes(b"PAR1 and no more")
+    assert "is not readable as Parquet" in str(failure(tmp_path / "a.doc", tmp_path))
 
 
 # Folders of class folders
