@@ -16,6 +16,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dbtrain.model_config import ModelConfig, Section, config_class
+from dbtrain.resources_config import ResourcesConfig
 
 BUILT_IN_SOURCES = ("digits", "topics")
 READOUTS = ("first", "last", "product", "first_mean", "last_mean", "product_mean")
@@ -87,6 +88,13 @@ class BlocksConfig(Section):
     """How the noise axis is cut."""
     overlap: float = Field(0.05, ge=0.0, le=1.0)
     """Training range of a block is widened by this part of its log-width on both sides (the paper's gamma)."""
+    stem: Literal["private", "averaged"] = "private"
+    """What is outside a block's layers (embeddings, final norm, head): its own, or set to the mean over the blocks that
+    train at the moment, every `average_every` steps. Averaging needs a network between workers."""
+    average_every: int = Field(25, ge=1)
+    """Steps between two averagings."""
+    average_patience: float = Field(60.0, gt=0.0)
+    """Seconds an averaging waits for a block that trains and has not come; then it goes on without it."""
 
 
 class NoiseConfig(Section):
@@ -194,6 +202,9 @@ class TrainingConfig(Section):
     recompute: bool = False
     """Activation checkpointing: keep each layer's input alone and run the layer again on the way back (Chen et al.
     2016). Less memory for a third more arithmetic."""
+    max_rollbacks: int = Field(2, ge=0)
+    """How often a block whose loss or weights became infinite or NaN goes back to a checkpoint and on with other
+    samples, before it counts as failed."""
 
     @model_validator(mode="after")
     def _parts(self) -> TrainingConfig:
@@ -209,32 +220,6 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept for each block."""
-
-
-class ResourcesConfig(Section):
-    """What one worker gets. Only `threads` and `device` touch the trained bytes; the rest is placement."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where a block trains; auto takes a GPU when `gpus` is above 0."""
-    cpus: float = Field(1.0, ge=0.0)
-    """CPUs that Ray reserves for one worker."""
-    gpus: float = Field(0.0, ge=0.0)
-    """GPUs that Ray reserves for one worker; fractions share a GPU."""
-    threads: int = Field(1, ge=1)
-    """Threads of PyTorch in one worker; float sums depend on it, so it belongs to the run's identity."""
-    workers: int | None = Field(None, ge=1)
-    """At most this many workers at once; as many as fit when not given."""
-    max_restarts: int = Field(5, ge=0)
-    """How often a block is restarted after its worker died, before it counts as failed."""
-    start_timeout: float = Field(120.0, gt=0.0)
-    """Seconds a worker may take to start."""
-
-    @property
-    def resolved_device(self) -> Literal["cpu", "cuda"]:
-        """`device` with auto decided by what the worker is given."""
-        if self.device == "auto":
-            return "cuda" if self.gpus > 0 else "cpu"
-        return self.device
 
 
 class LoggingConfig(Section):
@@ -331,6 +316,11 @@ class RunConfig(Section):
                     f"blocks.partition.boundaries {list(bounds)} have to run from "
                     f"noise.sigma_max {self.noise.sigma_max} to noise.sigma_min {self.noise.sigma_min}"
                 )
+        if self.training.batch_size % (self.training.accumulate * self.resources.replicas):
+            raise ValueError(
+                f"resources.replicas {self.resources.replicas} times training.accumulate {self.training.accumulate} "
+                f"has to divide training.batch_size {self.training.batch_size}"
+            )
         if self.schedule.warmup_steps > self.training.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than training.steps {self.training.steps}"
@@ -349,7 +339,9 @@ class RunConfig(Section):
         for section in ("name", "checkpoints", "logging", "chain"):
             del full[section]
         full["resources"] = {"threads": self.resources.threads, "device": self.resources.resolved_device}
-        del full["data"]["path"]
+        del full["data"]["path"], full["training"]["max_rollbacks"], full["blocks"]["average_patience"]
+        if self.blocks.stem == "private":
+            del full["blocks"]["stem"], full["blocks"]["average_every"]
         return full
 
     def digest(self) -> str:

@@ -19,12 +19,15 @@ from enum import StrEnum
 
 from dbtrain.orchestration.events import (
     Action,
+    CapacityChanged,
     Event,
     KillWorker,
+    ScaleRequested,
     StartWorker,
     StopRequested,
     StopWorker,
     Tick,
+    WorkerAlive,
     WorkerDied,
     WorkerError,
     WorkerEvent,
@@ -154,6 +157,8 @@ def step(state: CoordinatorState, event: Event) -> tuple[CoordinatorState, tuple
             state, actions = _time_out(state, event.time)
         case StopRequested():
             state, actions = _stop(state, event.time)
+        case ScaleRequested() | CapacityChanged():
+            return state, ()
         case _:
             before = state.blocks[event.block]
             if before.state not in LIVE or before.attempt != event.attempt:
@@ -180,6 +185,8 @@ def _hear(block: BlockStatus, event: WorkerEvent, state: CoordinatorState) -> Bl
                 node=event.node,
                 device=event.device,
             )
+        case WorkerAlive():
+            return block
         case WorkerProgress():
             return replace(
                 block,

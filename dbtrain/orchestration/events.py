@@ -23,21 +23,58 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleRequested:
+    """Somebody wants a block to be trained by another number of workers."""
+
+    time: float
+    block: int
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine, or what Ray takes for one."""
+
+    id: str
+    slots: int
+    """Workers that fit there."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityChanged:
+    """Nodes have joined or left."""
+
+    time: float
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStarted:
-    """A worker answers for the first time."""
+    """All workers of the block answer for the first time."""
 
     time: float
     block: int
     attempt: int
     pid: int
+    """Of replica 0, like what follows."""
     node: str
     """Address of the machine."""
     device: str
+    node_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAlive:
+    """All workers of the block answer, and have nothing to tell yet."""
+
+    time: float
+    block: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgress:
-    """A worker has done some steps."""
+    """The workers of a block have done some steps."""
 
     time: float
     block: int
@@ -46,6 +83,10 @@ class WorkerProgress:
     loss: float
     samples_per_second: float
     checkpoint_step: int
+    trouble: str | None = None
+    """What the worker waits for, such as room on a full disk."""
+    rollbacks: int = 0
+    """How often the block has gone back to a checkpoint because of infinite or NaN values, in all its attempts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +101,7 @@ class WorkerFinished:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStopped:
-    """The worker has saved and left because it was asked to."""
+    """The worker has saved and left because it was asked to, or because its time slice is over."""
 
     time: float
     block: int
@@ -70,12 +111,14 @@ class WorkerStopped:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDied:
-    """The worker's process is gone, through no fault of the code in it."""
+    """The process of a worker is gone, through no fault of the code in it."""
 
     time: float
     block: int
     attempt: int
     reason: str
+    node_id: str = ""
+    """Where that process was; empty where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +132,30 @@ class WorkerError:
     step: int
     """Finished steps when it raised; -1 before the block was built."""
     traceback: str
+    rows: tuple[int, ...] = ()
+    """Numbers of the rows in the batch of the step that raised."""
 
 
-WorkerEvent = WorkerStarted | WorkerProgress | WorkerFinished | WorkerStopped | WorkerDied | WorkerError
-Event = Tick | StopRequested | WorkerEvent
+WorkerEvent = WorkerStarted | WorkerAlive | WorkerProgress | WorkerFinished | WorkerStopped | WorkerDied | WorkerError
+Event = Tick | StopRequested | ScaleRequested | CapacityChanged | WorkerEvent
 
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Start a worker for the block."""
+    """Start a worker for the block, or several that train it together."""
 
     block: int
     attempt: int
+    replicas: int = 1
+    until: int | None = None
+    """Step at which to save and leave; None to train to the end."""
+    avoid: frozenset[str] = frozenset()
+    """Ids of nodes where it shall not go."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """Ask the worker to finish its step, save and leave."""
+    """Ask the workers to finish their step, save and leave."""
 
     block: int
     attempt: int
@@ -113,7 +163,7 @@ class StopWorker:
 
 @dataclass(frozen=True, slots=True)
 class KillWorker:
-    """End the worker at once; it is not heard of again."""
+    """End the workers at once; they are not heard of again."""
 
     block: int
     attempt: int

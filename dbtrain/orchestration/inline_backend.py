@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from dbtrain.config import ResourcesConfig
 from dbtrain.errors import UserError
 from dbtrain.orchestration.backend import Clock
 from dbtrain.orchestration.events import WorkerEvent, WorkerStarted
 from dbtrain.orchestration.session import BlockSession, Outcome, event_of
 from dbtrain.orchestration.stopping import StopToken
+from dbtrain.resources_config import ResourcesConfig
 
 
 @dataclass

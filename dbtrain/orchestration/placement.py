@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from dbtrain.config import ResourcesConfig
 from dbtrain.errors import UserError
+from dbtrain.resources_config import ResourcesConfig
 
 Node = Mapping[str, float]
 """A node's total resources by Ray's names: CPU, GPU, ..."""

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dbtrain.config import ResourcesConfig
 from dbtrain.orchestration.backend import Clock
 from dbtrain.orchestration.events import WorkerDied, WorkerEvent, WorkerStarted
 from dbtrain.orchestration.placement import worker_slots
 from dbtrain.orchestration.ray_cluster import connect, ray
 from dbtrain.orchestration.ray_worker import BlockWorker, Place
 from dbtrain.orchestration.session import event_of
+from dbtrain.resources_config import ResourcesConfig
 
 # Wrapped here, so that workers import the class by its name instead of getting its code by value. Ray restarts
 # nothing: that is the coordinator's business.

@@ -11,6 +11,7 @@ import torch
 
 from dbtrain.orchestration.backend import reason_of, traceback_of
 from dbtrain.orchestration.events import (
+    WorkerDied,
     WorkerError,
     WorkerEvent,
     WorkerFinished,
@@ -18,6 +19,7 @@ from dbtrain.orchestration.events import (
     WorkerStopped,
 )
 from dbtrain.run_directory import RunDirectory
+from dbtrain.training.seat import Seat
 from dbtrain.training.trainer import BlockTrainer, Progress
 
 
@@ -25,23 +27,27 @@ from dbtrain.training.trainer import BlockTrainer, Progress
 class Outcome:
     """How an attempt ended."""
 
-    kind: Literal["finished", "stopped", "error"]
+    kind: Literal["finished", "stopped", "lost", "error"]
+    """`lost` is the end of a replica whose peers are gone; `error` that of code that raised."""
     step: int
     """Finished steps; -1 when the block could not be built."""
     reason: str = ""
     traceback: str = ""
+    rows: tuple[int, ...] = ()
+    """Numbers of the rows in the batch of the step that raised."""
 
 
 class BlockSession:
-    """Trains block `block` of the run at `run_uri` as attempt number `attempt`.
+    """Trains block `block` of the run at `run_uri` as attempt number `attempt`, alone or in one of several seats.
 
     `advance` belongs to one thread; `request_stop` and `progress` may be called from others.
     """
 
-    def __init__(self, run_uri: str, block: int, attempt: int):
+    def __init__(self, run_uri: str, block: int, attempt: int, seat: Seat | None = None):
         self._run_uri = run_uri
         self._block = block
         self._attempt = attempt
+        self._seat = Seat() if seat is None else seat
         self._trainer: BlockTrainer | None = None
         self._reports: Iterator[Progress] | None = None
         self._latest: Progress | None = None
@@ -84,7 +90,7 @@ class BlockSession:
             run = RunDirectory.open(self._run_uri)
             self._threads = run.plan.threads
             torch.set_num_threads(self._threads)
-            self._trainer = BlockTrainer(run, self._block, self._attempt)
+            self._trainer = BlockTrainer(run, self._block, self._attempt, self._seat)
             if self._stop:
                 self._trainer.request_stop()
             self._reports = self._trainer.train()
@@ -105,12 +111,23 @@ class BlockSession:
 def event_of(report: Progress | Outcome, time: float, block: int, attempt: int) -> WorkerEvent:
     """What the coordinator hears of a report."""
     if isinstance(report, Progress):
-        rate, saved = report.samples_per_second, report.checkpoint_step
-        return WorkerProgress(time, block, attempt, report.step, report.loss, rate, saved)
+        return WorkerProgress(
+            time,
+            block,
+            attempt,
+            report.step,
+            report.loss,
+            report.samples_per_second,
+            report.checkpoint_step,
+            report.trouble,
+            report.rollbacks,
+        )
     match report.kind:
         case "finished":
             return WorkerFinished(time, block, attempt, report.step)
         case "stopped":
             return WorkerStopped(time, block, attempt, report.step)
+        case "lost":
+            return WorkerDied(time, block, attempt, report.reason)
         case "error":
-            return WorkerError(time, block, attempt, report.reason, report.step, report.traceback)
+            return WorkerError(time, block, attempt, report.reason, report.step, report.traceback, report.rows)

@@ -32,6 +32,7 @@ from dbtrain.training.optimisation import (
     restore_optimizer,
 )
 from dbtrain.training.planner import build_module, check_plan, origin
+from dbtrain.training.seat import Seat
 
 MAX_CONSECUTIVE_SKIPS = 20
 """Optimiser steps in a row that may be skipped for a non-finite gradient before the block gives up."""
@@ -57,13 +58,19 @@ class Progress:
     """Step of the newest durable checkpoint, 0 if there is none."""
     done: bool
     """True once the last step is durably saved."""
+    trouble: str | None = None
+    """What the worker waits for, such as room on a full disk."""
+    rollbacks: int = 0
+    """How often the block has gone back to a checkpoint because of infinite or NaN values, in all its attempts."""
 
 
 class BlockTrainer:
     """Builds block `index` of a run, resumes it from its newest checkpoint, and trains it to the end."""
 
-    def __init__(self, run: RunDirectory, index: int, attempt: int):
+    def __init__(self, run: RunDirectory, index: int, attempt: int, seat: Seat | None = None):
         """Claims the block for `attempt` and allocates this block alone.
+
+        `seat` says which of the block's workers this is and where its time slice ends; alone and to the end by default.
 
         Raises:
             StaleAttempt: a newer attempt has claimed the block.
@@ -73,6 +80,7 @@ class BlockTrainer:
         config, plan = run.config, run.plan
         assert plan.data is not None, "a run directory's plan knows its data"
         self.config, self.plan, self.index, self.attempt = config, plan, index, attempt
+        self.seat = Seat() if seat is None else seat
         self._directory = run.block(index)
         self._directory.claim(attempt)
         self.device = prepare_device(config.resources.resolved_device)
@@ -129,10 +137,11 @@ class BlockTrainer:
             UserError: a checkpoint could not be written.
         """
         total = self.plan.steps
+        end = total if self.seat.until is None else min(self.seat.until, total)
         yield self._progress(float("nan"), 0.0)
         since, started = self.step, time.perf_counter()
         loss = rate = float("nan")
-        while self.step < total and not self._stop:
+        while self.step < end and not self._stop:
             grad_norm = self._train_step()
             telling = self.step % self.config.logging.every == 0 or self.step == total
             if telling:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from dbtrain.config import ResourcesConfig
 from dbtrain.errors import UserError
 from dbtrain.orchestration.placement import worker_slots
+from dbtrain.resources_config import ResourcesConfig
 
 
 @pytest.mark.parametrize(
