@@ -36,3 +36,14 @@ def _rebuild(kind: type[UserError], problem: str, field: str | None, value: obje
 
 class CorruptData(UserError):
     """A shard, checkpoint or model file whose bytes are not those that its manifest promises."""
+
+
+class NoRoom(UserError):
+    """A disk is full or a quota used up: waiting may help."""
+
+
+class RunInterrupted(Exception):
+    """What a run stood on is gone, such as its cluster; the same command goes on once there is another.
+
+    `str()` is the whole message; the command line prints it without a traceback and exits with code 1.
+    """

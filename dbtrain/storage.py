@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from dbtrain.errors import UserError
+from dbtrain.errors import NoRoom, UserError
 
 TEMPORARY = ".tmp-"
 """What the name of every file and folder that is not finished begins with."""
@@ -291,7 +291,8 @@ def _write_errors(path: Path | str, every: bool = False) -> Iterator[None]:
             raise
         reason = error.strerror or _one_line(error)
         mend = _MENDS.get(error.errno or 0, "check the address, your credentials and the network")
-        raise UserError(f"cannot write {path}: {reason}", value=str(path), mend=mend) from error
+        kind = NoRoom if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+        raise kind(f"cannot write {path}: {reason}", value=str(path), mend=mend) from error
 
 
 @contextlib.contextmanager

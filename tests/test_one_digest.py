@@ -11,9 +11,9 @@ import pytest
 
 from dbtrain.assembly.assemble import assemble
 from dbtrain.config import RunConfig
-from dbtrain.orchestration.coordinator import BlockState
 from dbtrain.orchestration.driver import Snapshot
 from dbtrain.orchestration.run import BackendName, RunResult, train_run
+from dbtrain.orchestration.state import BlockState
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.run_directory import RunDirectory
 

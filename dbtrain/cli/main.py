@@ -19,7 +19,7 @@ import typer
 import dbtrain
 from dbtrain.cli import data, exporting, planning, results, sampling, training
 from dbtrain.cli.output import ToStandardError, report, report_mistake
-from dbtrain.errors import UserError
+from dbtrain.errors import RunInterrupted, UserError
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 """Exit codes."""
@@ -71,6 +71,9 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as mistake:
         report_mistake(mistake)
         return MISTAKE
+    except RunInterrupted as interrupted:
+        report(str(interrupted))
+        return FAILED
     except _UsageError as error:
         report_mistake(_explain(error))
         return MISTAKE

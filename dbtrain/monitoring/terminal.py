@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dbtrain.orchestration.coordinator import BlockState, BlockStatus
 from dbtrain.orchestration.driver import Snapshot, Watcher
+from dbtrain.orchestration.state import BlockState, BlockStatus
 from dbtrain.plan import BlockPlan
 
 _STYLES = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from dbtrain.errors import UserError
-from dbtrain.orchestration.events import WorkerEvent
+from dbtrain.orchestration.events import Node, StartWorker, WorkerEvent
 
 Clock = Callable[[], float]
 """Seconds that never fall, such as `time.monotonic`."""
@@ -17,10 +17,15 @@ class Backend(Protocol):
     """Runs workers. Only `poll` may wait, and no longer than it is told to."""
 
     name: str
+    replicates: bool
+    """Whether several workers can train one block together."""
 
-    @property
-    def slots(self) -> int:
-        """How many workers fit at once."""
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes there are now, and how many workers fit on each.
+
+        Raises:
+            RunInterrupted: the cluster is gone.
+        """
         ...
 
     def facts(self) -> Mapping[str, object]:
@@ -31,8 +36,8 @@ class Backend(Protocol):
         """Name the run directory that workers open; called once, before the first `start`."""
         ...
 
-    def start(self, block: int, attempt: int) -> None:
-        """Start a worker and return at once; `poll` tells what became of it."""
+    def start(self, order: StartWorker) -> None:
+        """Start a worker, or several for one block, and return at once; `poll` tells what became of them."""
         ...
 
     def stop(self, block: int, attempt: int) -> None:

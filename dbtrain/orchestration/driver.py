@@ -1,4 +1,4 @@
-"""The loop between the coordinator, a backend, the journal and whoever watches."""
+"""The loop between the coordinator, a backend, the journal and whoever watches or asks for something."""
 
 from __future__ import annotations
 
@@ -11,15 +11,30 @@ from typing import Protocol
 
 from dbtrain.errors import UserError
 from dbtrain.orchestration.backend import Backend, Clock
-from dbtrain.orchestration.coordinator import BlockStatus, CoordinatorState, step
-from dbtrain.orchestration.events import Event, KillWorker, StartWorker, StopRequested, StopWorker, Tick
-from dbtrain.orchestration.journal import describe
+from dbtrain.orchestration.coordinator import step
+from dbtrain.orchestration.events import (
+    CapacityChanged,
+    Event,
+    KillWorker,
+    ScaleRequested,
+    StartWorker,
+    StopRequested,
+    StopWorker,
+    Tick,
+)
+from dbtrain.orchestration.journal import Journal, describe
+from dbtrain.orchestration.requests import ANSWER, Request, collect, why_not_scale
+from dbtrain.orchestration.state import BlockStatus, CoordinatorState
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.plan import Plan
 from dbtrain.run_directory import RunDirectory
 
 POLL_SECONDS = 0.25
 """How long the loop waits for news, at most."""
+NODES_EVERY = 2.0
+"""Seconds between two looks at which nodes there are."""
+REQUESTS_EVERY = 1.0
+"""Seconds between two looks at what is asked for in the run directory."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +75,17 @@ class Driver:
         self._stop = stop
         self._watch = watch
         self._clock = clock
+        self._journal = Journal(run)
+        self._next_nodes = self._next_requests = clock()
 
     def loop(self) -> CoordinatorState:
         """Run to the end; the journal gets a line for the start, every change of a block, and the end."""
-        self._run.journal(
+        self._journal.write(
             {
                 "event": "run_started",
                 "backend": self._backend.name,
-                "slots": self._state.slots,
+                "slots": min(self._state.slots, sum(block.replicas for block in self._state.blocks)),
+                "nodes": {node.id: node.slots for node in self._state.nodes},
                 "order": list(self._state.order),
                 "pid": os.getpid(),
                 "node": platform.node(),
@@ -85,14 +103,49 @@ class Driver:
                     self._apply(StopRequested(self._clock()))
                 for event in events:
                     self._apply(event)
+                self._look_around()
+                # After the events: answers that came while this process slept have to be heard before anybody is
+                # taken to hang.
                 self._apply(Tick(self._clock()))
         except BaseException as error:
-            # The journal may be what failed, on a full disk; the first error is the one to tell.
+            # The journal may be what failed; the first error is the one to tell.
             with contextlib.suppress(UserError):
-                self._run.journal({"event": "run_interrupted", "reason": f"{type(error).__name__}: {error}"})
+                self._journal.write({"event": "run_interrupted", "reason": f"{type(error).__name__}: {error}"})
             raise
-        self._run.journal({"event": "run_ended", "blocks": {str(b.index): b.state.value for b in self._state.blocks}})
+        self._journal.write({"event": "run_ended", "blocks": {str(b.index): b.state.value for b in self._state.blocks}})
+        self._journal.close()
         return self._state
+
+    def _look_around(self) -> None:
+        """Now and then: which nodes there are, and what somebody asks for."""
+        now = self._clock()
+        if now >= self._next_nodes:
+            self._next_nodes = now + NODES_EVERY
+            nodes = self._backend.nodes()
+            if nodes != self._state.nodes:
+                self._journal.write({"event": "nodes_changed", "nodes": {node.id: node.slots for node in nodes}})
+                self._apply(CapacityChanged(now, nodes))
+        if now >= self._next_requests:
+            self._next_requests = now + REQUESTS_EVERY
+            for request in collect(self._run.storage):
+                self._answer(request)
+            self._journal.flush()
+
+    def _answer(self, request: Request) -> None:
+        line = {"event": ANSWER, "request": request.id, "kind": request.kind}
+        if request.kind == "stop":
+            self._stop.request()
+            self._journal.write({**line, "done": True})
+            return
+        reason = why_not_scale(self._run.config, self._state, request)
+        if reason is None and request.replicas > 1 and not self._backend.replicates:
+            reason = f"the backend {self._backend.name} trains a block with one worker"
+        if reason is not None:
+            self._journal.write({**line, "done": False, "reason": reason})
+            return
+        self._journal.write({**line, "done": True, "blocks": list(request.blocks), "replicas": request.replicas})
+        for block in request.blocks:
+            self._apply(ScaleRequested(self._clock(), block, request.replicas))
 
     def _apply(self, event: Event) -> None:
         before = self._state
@@ -100,12 +153,13 @@ class Driver:
         if self._state is before:
             return
         for old, new in zip(before.blocks, self._state.blocks, strict=True):
-            if old is not new and (line := describe(old, new, event)) is not None:
-                self._run.journal(line)
+            if old is not new:
+                for line in describe(old, new, event):
+                    self._journal.write(line)
         for action in actions:
             match action:
-                case StartWorker(block, attempt):
-                    self._backend.start(block, attempt)
+                case StartWorker():
+                    self._backend.start(action)
                 case StopWorker(block, attempt):
                     self._backend.stop(block, attempt)
                 case KillWorker(block, attempt):

@@ -13,10 +13,11 @@ import torch
 
 from dbtrain.errors import UserError
 from dbtrain.orchestration.backend import Clock
-from dbtrain.orchestration.events import WorkerEvent, WorkerStarted
+from dbtrain.orchestration.events import Node, StartWorker, WorkerEvent, WorkerStarted
 from dbtrain.orchestration.session import BlockSession, Outcome, event_of
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.resources_config import ResourcesConfig
+from dbtrain.training.seat import Seat
 
 
 @dataclass
@@ -31,7 +32,7 @@ class InlineBackend:
     """One slot; each `poll` trains the block in it up to its next report."""
 
     name = "inline"
-    slots = 1
+    replicates = False
 
     def __init__(self, device: str, stop: StopToken, clock: Clock = time.monotonic):
         self._device = device
@@ -45,15 +46,20 @@ class InlineBackend:
         """Nothing that the journal does not know."""
         return {}
 
+    def nodes(self) -> tuple[Node, ...]:
+        """This process."""
+        return (Node(platform.node(), 1),)
+
     def attach(self, run_uri: str) -> None:
         """Name the run directory."""
         self._run_uri = run_uri
 
-    def start(self, block: int, attempt: int) -> None:
+    def start(self, order: StartWorker) -> None:
         """Take the block on; training starts with the next `poll`."""
         assert self._run_uri is not None, "attach comes first"
         assert self._worker is None, "the coordinator respects the one slot"
-        self._worker = _Worker(block, attempt, BlockSession(self._run_uri, block, attempt))
+        session = BlockSession(self._run_uri, order.block, order.attempt, Seat(until=order.until))
+        self._worker = _Worker(order.block, order.attempt, session)
 
     def stop(self, block: int, attempt: int) -> None:
         """Ask the block's trainer to save and leave."""

@@ -1,32 +1,86 @@
-"""One line of the run's journal for every change of a block's state. Only the driver writes there."""
+"""The run's journal: one line for every change of a block's state. Only the driver writes there."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dbtrain.orchestration.coordinator import LIVE, BlockState, BlockStatus
+from dbtrain.errors import NoRoom
 from dbtrain.orchestration.events import Event, WorkerError
+from dbtrain.orchestration.state import LIVE, BlockState, BlockStatus
+from dbtrain.run_directory import RunDirectory
+
+_log = logging.getLogger(__name__)
 
 
-def describe(before: BlockStatus, after: BlockStatus, event: Event) -> dict[str, Any] | None:
-    """The line for what `event` made of a block; None when its state stayed the same."""
-    if before.state is after.state:
-        return None
-    line: dict[str, Any] = {
-        "event": f"block_{after.state}",
-        "block": after.index,
-        "attempt": after.attempt,
-        "step": after.step,
-    }
+class Journal:
+    """Appends to events.jsonl. A full disk holds lines back, and nobody up: they are written when there is room."""
+
+    def __init__(self, run: RunDirectory):
+        self._run = run
+        self._held: list[Mapping[str, Any]] = []
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line, behind those that are held back.
+
+        Raises:
+            UserError: the run directory can no longer be written, for another reason than a full disk.
+        """
+        self._held.append(line)
+        self.flush()
+
+    def flush(self) -> None:
+        """Try again to write what is held back."""
+        first_time = len(self._held) == 1
+        while self._held:
+            try:
+                self._run.journal(self._held[0])
+            except NoRoom as error:
+                if first_time:
+                    _log.warning("the journal waits for room: %s", error)
+                return
+            del self._held[0]
+
+    def close(self) -> None:
+        """Write what is held back, or say that it is lost: the run itself does not depend on it."""
+        self.flush()
+        if self._held:
+            _log.warning("no room for the last %d lines of the journal", len(self._held))
+
+
+def describe(before: BlockStatus, after: BlockStatus, event: Event) -> Iterator[dict[str, Any]]:
+    """The lines for what `event` made of a block; none when nothing happened that is worth one."""
+    line: dict[str, Any] = {"block": after.index, "attempt": after.attempt, "step": after.step}
+    if after.rollbacks > before.rollbacks:
+        yield {"event": "block_rolled_back", **line, "rollbacks": after.rollbacks}
+    if after.trouble is not None and before.trouble is None:
+        yield {"event": "block_waiting", **line, "reason": after.trouble}
+    if after.slow is not None and before.slow is None:
+        yield {"event": "block_slow", **line, "node": after.node, "reason": after.slow}
+    if after.replicas != before.replicas:
+        yield {"event": "block_scaled", **line, "replicas": after.replicas}
+    if after.leaving is not None and before.leaving is None:
+        yield {"event": "block_leaving", **line, "reason": after.leaving}
+    if before.state is not after.state:
+        yield {"event": f"block_{after.state}", **line, **_details(before, after, event)}
+
+
+def _details(before: BlockStatus, after: BlockStatus, event: Event) -> dict[str, Any]:
+    details: dict[str, Any] = {}
     match after.state:
         case BlockState.STARTING:
-            line["restarts"] = after.restarts
+            details = {"restarts": after.restarts, "replicas": after.seats}
+            if after.until is not None:
+                details["until"] = after.until
         case BlockState.RUNNING:
-            line |= {"pid": after.pid, "node": after.node, "device": after.device}
+            details = {"pid": after.pid, "node": after.node, "node_id": after.node_id, "device": after.device}
         case BlockState.RESTARTING:
-            line |= {"reason": after.reason, "backoff": round(after.retry_at - after.since, 3)}
+            details = {"reason": after.reason, "backoff": round(after.retry_at - after.since, 3)}
+        case BlockState.PAUSED if before.leaving is not None:
+            details = {"reason": before.leaving}
         case BlockState.FAILED | BlockState.STOPPED if after.reason is not None:
-            line["reason"] = after.reason
+            details = {"reason": after.reason}
     if isinstance(event, WorkerError) and event.block == after.index and before.state in LIVE:
-        line["traceback"] = event.traceback
-    return line
+        details |= {"rows": list(event.rows), "traceback": event.traceback}
+    return details

@@ -7,12 +7,14 @@ import errno
 import fcntl
 import os
 import platform
+import time
 from collections.abc import Iterator
 
 from dbtrain.errors import UserError
 from dbtrain.storage import Storage
 
 LOCK = "driver.lock"
+_GLANCE = 0.5  # seconds
 
 
 @contextlib.contextmanager
@@ -35,7 +37,7 @@ def driver_lock(storage: Storage) -> Iterator[None]:
         raise UserError(f"cannot be written: {error.strerror}", field="--run", value=storage.uri) from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(handle)
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             raise UserError(
@@ -54,3 +56,36 @@ def driver_lock(storage: Storage) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _take(handle: int) -> None:
+    """Lock it; whoever only looks at the lock holds it for a moment too."""
+    deadline = time.monotonic() + _GLANCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_GLANCE / 10)
+        else:
+            return
+
+
+def driver_at_work(storage: Storage) -> bool:
+    """Whether some process holds the run directory; where nobody can tell, the answer is yes."""
+    if storage.local_path is None:
+        return True
+    try:
+        handle = os.open(storage.local_path / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False

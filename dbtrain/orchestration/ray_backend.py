@@ -1,19 +1,23 @@
-"""The Ray backend: one actor a live block, on a private cluster of this machine or on an existing one."""
+"""The Ray backend: one actor a live block, or several, on a private cluster of this machine or on an existing one."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from dbtrain.config import RunConfig
 from dbtrain.orchestration.backend import Clock
-from dbtrain.orchestration.events import WorkerDied, WorkerEvent, WorkerStarted
-from dbtrain.orchestration.placement import worker_slots
+from dbtrain.orchestration.events import Node, StartWorker, WorkerEvent
+from dbtrain.orchestration.placement import check_room, room
 from dbtrain.orchestration.ray_cluster import connect, ray
-from dbtrain.orchestration.ray_worker import BlockWorker, Place
-from dbtrain.orchestration.session import event_of
-from dbtrain.resources_config import ResourcesConfig
+from dbtrain.orchestration.ray_group import WorkerGroup
+from dbtrain.orchestration.ray_worker import BlockWorker
+from dbtrain.training.meeting import LIVE_BLOCKS, MeetingPlace
+from dbtrain.training.seat import Seat
+
+_ENOUGH = 1_000_000  # workers on one node, where nothing that they ask for limits their number
 
 # Wrapped here, so that workers import the class by its name instead of getting its code by value. Ray restarts
 # nothing: that is the coordinator's business.
@@ -21,48 +25,39 @@ _as_actor: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_grou
 _Actor = _as_actor(BlockWorker)
 
 
-@dataclass
-class _Worker:
-    block: int
-    attempt: int
-    actor: Any
-    run: Any
-    """The reference of the long call; it comes out when the worker leaves."""
-    place: Any
-    """The reference of the first answer; None once it is in."""
-    progress: Any = None
-    """The reference of the question that is out: a worker that hangs is asked once, not waited for."""
-
-
 class RayBackend:
     """Starts actors and listens to them."""
 
     name = "ray"
+    replicates = True
 
-    def __init__(
-        self,
-        resources: ResourcesConfig,
-        blocks: int,
-        threads: int,
-        address: str | None = None,
-        clock: Clock = time.monotonic,
-    ):
+    def __init__(self, config: RunConfig, threads: int, address: str | None = None, clock: Clock = time.monotonic):
         """Connects, and checks that a worker fits.
 
         Raises:
-            UserError: no cluster at the address, or no node that has what one worker asks for.
+            UserError: no cluster at the address, or not the room that one block asks for.
         """
-        self._resources = resources
+        self._resources = config.resources
+        self._stems_meet = config.blocks.stem == "averaged"
         self._threads = threads
         self._clock = clock
         self._run_uri: str | None = None
-        self._workers: dict[int, _Worker] = {}
+        self._groups: dict[int, WorkerGroup] = {}
+        self._meeting: MeetingPlace | None = None
         self._cluster = connect(address)
         try:
-            self.slots = worker_slots(self._cluster.nodes(), resources, blocks)
+            check_room(self._cluster.machines(), self._resources, self.nodes())
         except BaseException:
             self._cluster.close()
             raise
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes that are alive, and how many workers fit on each.
+
+        Raises:
+            RunInterrupted: the cluster's head is gone.
+        """
+        return room(self._cluster.machines(), self._resources, _ENOUGH)
 
     def facts(self) -> Mapping[str, object]:
         """Where to find the workers' logs, and whether the cluster is ours."""
@@ -75,88 +70,83 @@ class RayBackend:
         """Name the run directory."""
         self._run_uri = run_uri
 
-    def start(self, block: int, attempt: int) -> None:
-        """Ask Ray for an actor."""
+    def start(self, order: StartWorker) -> None:
+        """Ask Ray for the actors of a block."""
         assert self._run_uri is not None, "attach comes first"
-        actor = _Actor.options(
-            num_cpus=self._resources.cpus,
-            num_gpus=self._resources.gpus,
-        ).remote(self._run_uri, block, attempt, self._threads)
-        self._workers[block] = _Worker(block, attempt, actor, actor.run.remote(), actor.place.remote())
+        meeting = self._meeting_address() if order.replicas > 1 or self._stems_meet else None
+        actor = _Actor.options(**self._options(order.avoid))
+        seats = [Seat(replica, order.replicas, meeting, order.until) for replica in range(order.replicas)]
+        actors = [actor.remote(self._run_uri, order.block, order.attempt, self._threads, seat) for seat in seats]
+        device = self._resources.resolved_device
+        self._groups[order.block] = WorkerGroup(order.block, order.attempt, device, actors, self._clock)
+        self._tell_who_lives()
 
     def stop(self, block: int, attempt: int) -> None:
-        """Ask the worker to save and leave; `run` then returns."""
-        worker = self._workers.get(block)
-        if worker is not None and worker.attempt == attempt:
-            worker.actor.stop.remote()
+        """Ask the workers to save and leave; their `run` then returns."""
+        if (group := self._group(block, attempt)) is not None:
+            group.stop()
 
     def kill(self, block: int, attempt: int) -> None:
-        """End the worker's process."""
-        worker = self._workers.get(block)
-        if worker is not None and worker.attempt == attempt:
-            self._end(worker)
+        """End the workers' processes."""
+        if (group := self._group(block, attempt)) is not None:
+            self._end(group)
 
     def poll(self, timeout: float) -> list[WorkerEvent]:
         """Ends, first answers and progress of all workers, without waiting for any single one."""
-        workers = list(self._workers.values())
-        if not workers:
+        groups = list(self._groups.values())
+        if not groups:
             time.sleep(timeout)
             return []
-        for worker in workers:
-            if worker.progress is None and worker.place is None:
-                worker.progress = worker.actor.progress.remote()
-        # Answers to `progress` come within milliseconds: waiting for them would be a busy loop.
-        news = [worker.run for worker in workers] + [w.place for w in workers if w.place is not None]
-        ray.wait(news, num_returns=1, timeout=timeout)
-        return [event for worker in workers for event in self._hear(worker)]
+        for group in groups:
+            group.ask()
+        # Answers to `ask` come within milliseconds: waiting for them would be a busy loop.
+        ray.wait([ref for group in groups for ref in group.awaited()], num_returns=1, timeout=timeout)
+        events: list[WorkerEvent] = []
+        for group in groups:
+            news, over = group.hear()
+            events += news
+            if over:
+                self._end(group)
+        return events
 
     def close(self) -> None:
         """End all workers, and the cluster if it is ours."""
-        for worker in list(self._workers.values()):
-            self._end(worker)
+        if self._cluster.head_answers():
+            for group in list(self._groups.values()):
+                self._end(group)
         self._cluster.close()
 
-    def _hear(self, worker: _Worker) -> list[WorkerEvent]:
-        """What is ready of one worker, in the order in which it happened."""
-        events: list[WorkerEvent] = []
-        block, attempt = worker.block, worker.attempt
-        try:
-            if worker.place is not None and _ready(worker.place):
-                events.append(self._started(worker, ray.get(worker.place)))
-                worker.place = None
-            if worker.progress is not None and _ready(worker.progress):
-                report = ray.get(worker.progress)
-                worker.progress = None
-                if report is not None:
-                    events.append(event_of(report, self._clock(), block, attempt))
-            if _ready(worker.run):
-                events.append(event_of(ray.get(worker.run), self._clock(), block, attempt))
-                self._end(worker)
-        except ray.exceptions.RayError as error:
-            # The session in the worker turns whatever its code raises into an answer, so this is Ray's own
-            # trouble: a dead process or node. If the actor is only out of reach, killing it makes sure that
-            # it stays gone.
-            events.append(WorkerDied(self._clock(), block, attempt, _cause(error)))
-            self._end(worker)
-        return events
+    def _options(self, avoid: frozenset[str]) -> dict[str, Any]:
+        """What Ray is to give one actor, and where."""
+        resources = self._resources
+        options: dict[str, Any] = {
+            "num_cpus": resources.cpus,
+            "num_gpus": resources.gpus,
+            "resources": dict(resources.custom),
+            "scheduling_strategy": "SPREAD" if resources.nodes == "spread" else "DEFAULT",
+        }
+        if resources.accelerator is not None:
+            options["accelerator_type"] = resources.accelerator
+        if avoid:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}
+        return options
 
-    def _started(self, worker: _Worker, place: Place) -> WorkerStarted:
-        device: str = self._resources.resolved_device
-        if place.gpus:
-            device += f":{','.join(place.gpus)}"
-        return WorkerStarted(self._clock(), worker.block, worker.attempt, place.pid, place.node, device)
+    def _group(self, block: int, attempt: int) -> WorkerGroup | None:
+        group = self._groups.get(block)
+        return group if group is not None and group.attempt == attempt else None
 
-    def _end(self, worker: _Worker) -> None:
-        ray.kill(worker.actor, no_restart=True)
-        del self._workers[worker.block]
+    def _end(self, group: WorkerGroup) -> None:
+        group.kill()
+        del self._groups[group.block]
+        self._tell_who_lives()
 
+    def _meeting_address(self) -> str:
+        """Where workers that have to talk meet; opened for the first of them."""
+        if self._meeting is None:
+            self._meeting = MeetingPlace(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        return self._meeting.address
 
-def _ready(ref: Any) -> bool:
-    return bool(ray.wait([ref], timeout=0)[0])
-
-
-def _cause(error: Exception) -> str:
-    """The part of Ray's message that differs from case to case, on one line."""
-    text = " ".join(str(error).split())
-    detail = text.partition("Worker exit detail: ")[2] or text
-    return f"the worker's process died: {detail.partition(' Some common causes include')[0]}"
+    def _tell_who_lives(self) -> None:
+        """Keep the list of blocks for which others may wait."""
+        if self._meeting is not None:
+            self._meeting.store.set(LIVE_BLOCKS, json.dumps(sorted(self._groups)))

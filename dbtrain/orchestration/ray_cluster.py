@@ -10,48 +10,93 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # Read by Ray when it is imported. Workers shall run in the driver's own environment, also under `uv run`; and
 # that a worker died is told by the coordinator, not by a line on standard output.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed while executing")
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    "^(A worker died or was killed while executing|Raylet is terminated|The node with node id|A raylet|"
+    "The autoscaler|Warning: The following resource request|There are tasks with infeasible|.*killed due to memory)",
+)
 
 import ray
 
-from dbtrain.errors import UserError
-from dbtrain.orchestration.placement import Node
+from dbtrain.errors import RunInterrupted, UserError
+from dbtrain.orchestration.placement import Machine
 
-__all__ = ["Cluster", "connect", "ray"]  # ray as well, imported after the lines above
+__all__ = ["HEAD_PATIENCE", "Cluster", "connect", "ray"]  # ray as well, imported after the lines above
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing of size goes through it; Ray's least is 75 MiB
 _CONNECT_TIMEOUT = 5.0  # seconds
+HEAD_PATIENCE = 40.0
+"""Seconds without an answer of the cluster's head; after 60 Ray ends this process, without a word to it."""
+_PROBE_TIMEOUT = 2.0  # seconds
+_LEAVE_TIMEOUT = 5.0  # seconds
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
-@dataclass(frozen=True)
 class Cluster:
     """A connection to a cluster."""
 
-    owned: bool
-    """The cluster was started for this connection and ends with it."""
-    connected: bool
-    """This connection is ours to close."""
-    log_folder: str | None
-    """Where the workers' logs are on this machine, for a cluster of ours."""
+    def __init__(self, *, owned: bool, connected: bool, log_folder: str | None):
+        """
+        Args:
+            owned: the cluster was started for this connection and ends with it.
+            connected: this connection is ours to close.
+            log_folder: where the workers' logs are on this machine, for a cluster of ours.
+        """
+        self.owned = owned
+        self.log_folder = log_folder
+        self._connected = connected
+        self._head: str = ray.get_runtime_context().gcs_address
+        self._silent_since: float | None = None
+        self._machines: list[Machine] = []
 
-    def nodes(self) -> list[Node]:
-        """Total resources of each node that is alive."""
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        return [node["Resources"] for node in nodes if node["Alive"]]
+    def machines(self) -> list[Machine]:
+        """The nodes that are alive and all they have; those known last while the head does not answer.
+
+        Raises:
+            RunInterrupted: the head has not answered for long.
+        """
+        if self.head_answers():
+            nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+            self._machines = [Machine(node["NodeID"], node["Resources"]) for node in nodes if node["Alive"]]
+            return self._machines
+        assert self._silent_since is not None
+        if time.monotonic() - self._silent_since >= HEAD_PATIENCE:
+            raise RunInterrupted(
+                f"the head of the Ray cluster at {self._head} is gone; the same command goes on from the newest "
+                "checkpoints, on that cluster once it is back or on another one"
+            )
+        return self._machines
+
+    def head_answers(self) -> bool:
+        """Whether the head takes connections; a call of Ray's would wait for it, and then end this process."""
+        host, _, port = self._head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT).close()
+        except OSError:
+            self._silent_since = time.monotonic() if self._silent_since is None else self._silent_since
+            return False
+        self._silent_since = None
+        return True
 
     def close(self) -> None:
         """Leave the cluster; one of ours ends."""
-        if self.connected:
+        if not self._connected:
+            return
+        if self._silent_since is None:
             ray.shutdown()
+            return
+        # Without a head Ray may wait for it in vain.
+        leaving = threading.Thread(target=ray.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(_LEAVE_TIMEOUT)
 
 
 def connect(address: str | None = None) -> Cluster:

@@ -11,6 +11,7 @@ import ray
 
 if TYPE_CHECKING:
     from dbtrain.orchestration.session import BlockSession, Outcome
+    from dbtrain.training.seat import Seat
     from dbtrain.training.trainer import Progress
 
 
@@ -21,6 +22,7 @@ class Place:
     pid: int
     node: str
     """IP address of the machine."""
+    node_id: str
     gpus: tuple[str, ...]
     """Ids of the GPUs that Ray gave it."""
 
@@ -28,15 +30,16 @@ class Place:
 class BlockWorker:
     """Trains one block in `run`; the other methods answer meanwhile, from the concurrency group `io`.
 
-    It gets a path and two numbers: weights never go through Ray's object store.
+    It gets a path and a few numbers: weights never go through Ray's object store.
     """
 
-    def __init__(self, run_uri: str, block: int, attempt: int, threads: int):
+    def __init__(self, run_uri: str, block: int, attempt: int, threads: int, seat: Seat):
         # The first line of the worker's log, by which it is found.
-        print(f"dbtrain run {run_uri} block {block} attempt {attempt} process {os.getpid()}", flush=True)
+        who = f"block {block} attempt {attempt}" + (f" replica {seat.replica}" if seat.replicas > 1 else "")
+        print(f"dbtrain run {run_uri} {who} process {os.getpid()}", flush=True)
         # Native thread pools read it when PyTorch is loaded, which happens in `run`.
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        self._arguments = (run_uri, block, attempt)
+        self._arguments = (run_uri, block, attempt, seat)
         self._session: BlockSession | None = None
         self._stop = False
         self._lock = threading.Lock()
@@ -58,7 +61,8 @@ class BlockWorker:
     def place(self) -> Place:
         """Answers as soon as the process is up."""
         gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
-        return Place(os.getpid(), ray.util.get_node_ip_address(), gpus)  # type: ignore[no-untyped-call]
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return Place(os.getpid(), address, ray.get_runtime_context().get_node_id(), gpus)
 
     @ray.method(concurrency_group="io")
     def progress(self) -> Progress | None:

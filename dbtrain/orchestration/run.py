@@ -14,11 +14,12 @@ from dbtrain.data.prepare import ensure_prepared
 from dbtrain.data.shards import ShardSet
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.orchestration.backend import Backend
-from dbtrain.orchestration.coordinator import BlockState, BlockStatus, Policy, initial_state
 from dbtrain.orchestration.driver import Driver, Snapshot, Watcher
 from dbtrain.orchestration.lock import driver_lock
+from dbtrain.orchestration.state import BlockState, BlockStatus, Policy, initial_state
 from dbtrain.orchestration.stopping import StopToken, stop_on_signals
 from dbtrain.plan import Kind, Plan
+from dbtrain.resources_config import ResourcesConfig
 from dbtrain.run_directory import PLAN, RunDirectory, check_vacant
 from dbtrain.storage import Storage
 from dbtrain.training.checkpoint import checkpoint_steps, read_weights
@@ -125,8 +126,9 @@ def train_run(
             run = RunDirectory.create_or_resume(storage, config, plan)
             workers.attach(storage.uri)
             resources = config.resources
-            policy = Policy(max_restarts=resources.max_restarts, start_timeout=resources.start_timeout)
-            state = initial_state(_found(run), slots=workers.slots, policy=policy, order=order)
+            state = initial_state(
+                _found(run), nodes=workers.nodes(), policy=_policy(resources), order=order, limit=resources.workers
+            )
             state = Driver(run, state, workers, stop, watch).loop()
     return _result(storage.uri, state.blocks)
 
@@ -145,7 +147,19 @@ def _open_backend(name: BackendName, config: RunConfig, plan: Plan, address: str
         mend = "install 'ray[default]', or use --backend inline"
         raise UserError("Ray is not installed here", field="--backend", value=name, mend=mend) from None
 
-    return RayBackend(config.resources, len(plan.blocks), plan.threads, address)
+    return RayBackend(config, plan.threads, address)
+
+
+def _policy(resources: ResourcesConfig) -> Policy:
+    return Policy(
+        max_restarts=resources.max_restarts,
+        start_timeout=resources.start_timeout,
+        heartbeat_timeout=resources.heartbeat_timeout,
+        step_timeout=resources.step_timeout,
+        slice_steps=resources.interleave,
+        slow_factor=resources.slow_factor,
+        move_slow=resources.slow_action == "move",
+    )
 
 
 def _found(run: RunDirectory) -> tuple[BlockStatus, ...]:
@@ -174,6 +188,8 @@ def _block_found(run: RunDirectory, index: int, started: int) -> BlockStatus:
     return BlockStatus(
         index,
         state=state,
+        replicas=run.config.resources.replicas,
+        cost=run.plan.blocks[index].evaluations,
         attempt=max(block.current_attempt(), started),
         step=newest,
         checkpoint_step=newest,

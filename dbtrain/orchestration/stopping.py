@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C; what `kill`, Ray's job server and Kubernetes send; and what Slurm is asked to send before time is up."""
 
 
 class StopToken:
@@ -39,7 +40,7 @@ class StopToken:
 
 @contextlib.contextmanager
 def stop_on_signals(token: StopToken) -> Iterator[None]:
-    """The first SIGINT or SIGTERM requests a stop, the second raises KeyboardInterrupt on the spot.
+    """The first of `SIGNALS` requests a stop, the second raises KeyboardInterrupt on the spot.
 
     Handlers that were there before are put back at the end. Outside the main thread, where Python allows no
     handlers, this does nothing.

@@ -15,6 +15,9 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import Store, TCPStore  # public as torch.distributed.TCPStore, but not to mypy
 
+LIVE_BLOCKS = "live"
+"""Key under which the store holds the numbers of the blocks that have workers, as a JSON list."""
+
 _SIOCGIFADDR = 0x8915
 
 

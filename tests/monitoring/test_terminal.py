@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from dbtrain.monitoring.terminal import duration, status_table, watch_terminal
-from dbtrain.orchestration.coordinator import BlockState, BlockStatus
 from dbtrain.orchestration.driver import Snapshot
+from dbtrain.orchestration.state import BlockState, BlockStatus
 from dbtrain.plan import BlockPlan, Bytes, NoiseRange, Plan
 
 NO_BYTES = Bytes(parameters=0, buffers=0, gradients=0, optimiser=0, ema=0, activations=0)

@@ -2,21 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from dbtrain.orchestration.coordinator import (
-    BlockState,
-    BlockStatus,
-    CoordinatorState,
-    Policy,
-    initial_state,
-    step,
-)
+from dbtrain.orchestration.coordinator import step
 from dbtrain.orchestration.events import (
     Event,
     KillWorker,
+    Node,
     StartWorker,
     StopRequested,
     StopWorker,
     Tick,
+    WorkerAlive,
     WorkerDied,
     WorkerError,
     WorkerFinished,
@@ -24,12 +19,15 @@ from dbtrain.orchestration.events import (
     WorkerStarted,
     WorkerStopped,
 )
+from dbtrain.orchestration.state import BlockState, BlockStatus, CoordinatorState, Policy, initial_state
 
 POLICY = Policy(max_restarts=3, start_timeout=10.0, first_backoff=0.5, longest_backoff=30.0)
 
 
 def fresh(blocks: int, slots: int, policy: Policy = POLICY, order: list[int] | None = None) -> CoordinatorState:
-    return initial_state([BlockStatus(index) for index in range(blocks)], slots=slots, policy=policy, order=order)
+    return initial_state(
+        [BlockStatus(index) for index in range(blocks)], nodes=[Node("n", slots)], policy=policy, order=order
+    )
 
 
 def feed(state: CoordinatorState, *events: Event) -> tuple[CoordinatorState, list[object]]:
@@ -84,7 +82,7 @@ def test_a_spent_budget_fails_the_block_with_its_reason_and_frees_the_slot() -> 
     state, actions = feed(state, WorkerDied(3.0, 0, 2, "killed again"))
     assert actions == []
     assert states(state) == ["failed", "finished"]
-    assert state.blocks[0].reason == "killed again (after 1 restarts)"
+    assert state.blocks[0].reason == "killed again (after 1 restart without a new checkpoint)"
     assert state.done
 
 
@@ -138,8 +136,11 @@ def test_a_worker_that_does_not_start_is_killed_and_counts_as_dead() -> None:
     assert actions == [StartWorker(0, 2)]
 
 
-def test_a_running_worker_may_take_its_time() -> None:
-    state, actions = feed(fresh(1, slots=1), Tick(0.0), started(1.0, 0, 1), Tick(1e6))
+def test_a_running_worker_that_answers_may_take_its_time() -> None:
+    state, actions = feed(fresh(1, slots=1), Tick(0.0), started(1.0, 0, 1))
+    for time in range(50, 1800, 50):
+        state, more = feed(state, WorkerAlive(float(time), 0, 1), Tick(float(time)))
+        assert more == []
     assert states(state) == ["running"]
     assert actions == [StartWorker(0, 1)]
 
@@ -207,7 +208,7 @@ def test_resumed_blocks_keep_counting_attempts_and_finished_ones_stay() -> None:
         BlockStatus(0, state=BlockState.FINISHED, attempt=2, step=9),
         BlockStatus(1, attempt=4, step=5),
     ]
-    state, actions = feed(initial_state(found, slots=2, policy=POLICY), Tick(0.0))
+    state, actions = feed(initial_state(found, nodes=[Node("n", 2)], policy=POLICY), Tick(0.0))
     assert actions == [StartWorker(1, 5)]
     assert state.blocks[1].restarts == 0
 

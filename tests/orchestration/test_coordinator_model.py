@@ -6,19 +6,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dbtrain.orchestration.coordinator import (
-    ENDED,
-    LIVE,
-    BlockState,
-    BlockStatus,
-    CoordinatorState,
-    Policy,
-    initial_state,
-    step,
-)
+from dbtrain.orchestration.coordinator import step
 from dbtrain.orchestration.events import (
     Event,
     KillWorker,
+    Node,
     StartWorker,
     StopRequested,
     StopWorker,
@@ -29,6 +21,15 @@ from dbtrain.orchestration.events import (
     WorkerProgress,
     WorkerStarted,
     WorkerStopped,
+)
+from dbtrain.orchestration.state import (
+    ENDED,
+    LIVE,
+    BlockState,
+    BlockStatus,
+    CoordinatorState,
+    Policy,
+    initial_state,
 )
 
 TOTAL = 10
@@ -53,7 +54,7 @@ class World(RuleBasedStateMachine):
             for index, done in enumerate(finished)
         ]
         self.policy = Policy(max_restarts=budget, start_timeout=5.0)
-        self.state = initial_state(blocks, slots=slots, policy=self.policy, order=order)
+        self.state = initial_state(blocks, nodes=[Node("n", slots)], policy=self.policy, order=order)
         self.now = 0.0
         self.alive: dict[int, int] = {}
         self.asked_to_stop: set[int] = set()
@@ -179,8 +180,7 @@ class World(RuleBasedStateMachine):
     @invariant()
     def budget_is_respected(self) -> None:
         for block in self.state.blocks:
-            assert block.restarts <= self.policy.max_restarts
-            assert self.starts[block.index] <= 1 + self.policy.max_restarts
+            assert block.failures <= self.policy.max_restarts
 
     @invariant()
     def no_slot_is_idle_while_a_fresh_block_waits(self) -> None:

@@ -11,10 +11,10 @@ import torch
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
-from dbtrain.orchestration.coordinator import BlockState
 from dbtrain.orchestration.driver import Snapshot
 from dbtrain.orchestration.lock import driver_lock
 from dbtrain.orchestration.run import RunResult, train_run
+from dbtrain.orchestration.state import BlockState
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.run_directory import RunDirectory
 from dbtrain.storage import Storage

@@ -12,10 +12,10 @@ import pytest
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
-from dbtrain.orchestration.coordinator import LIVE, BlockState, BlockStatus
 from dbtrain.orchestration.driver import Snapshot
 from dbtrain.orchestration.ray_cluster import Cluster, connect, ray
 from dbtrain.orchestration.run import train_run
+from dbtrain.orchestration.state import LIVE, BlockState, BlockStatus
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.run_directory import RunDirectory
 
@@ -189,5 +189,7 @@ def test_a_worker_that_finds_no_room_in_time_counts_as_dead(
         result = train_run(make_config(resources=resources), tmp_path, backend="ray")
     finally:
         ray.kill(squatter)
-    assert {block.reason for block in result.blocks} == {"the worker did not start within 1 s (after 0 restarts)"}
+    assert {block.reason for block in result.blocks} == {
+        "the worker did not start within 1 s (after 0 restarts without a new checkpoint)"
+    }
     assert {block.state for block in result.blocks} == {BlockState.FAILED}
