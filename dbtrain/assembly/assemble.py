@@ -23,9 +23,9 @@ from dbtrain.config import RunConfig
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.models import Task, family_of
 from dbtrain.plan import Plan
-from dbtrain.run_directory import TOKENIZER, RunDirectory
+from dbtrain.run_directory import TOKENIZER, BlockDirectory, RunDirectory
 from dbtrain.storage import temporary_name
-from dbtrain.training.checkpoint import read_state, read_weights
+from dbtrain.training.checkpoint import checkpoint_steps, read_state, read_weights
 from dbtrain.training.planner import build_on_meta, check_plan, origin
 
 Weights = Literal["ema", "raw"]
@@ -53,16 +53,22 @@ class Assembled:
     blocks: int
     parameters: int
     bytes: int
+    steps: tuple[int, ...]
+    """Steps of each block."""
+    partial: bool
+    """Some block is not trained to its end."""
 
 
-def assemble(run: RunDirectory, weights: Weights | None = None) -> Assembled:
-    """Check and join the last checkpoints of all blocks, and write the model folder in one piece.
+def assemble(run: RunDirectory, weights: Weights | None = None, partial: bool = False) -> Assembled:
+    """Check and join the newest checkpoints of all blocks, and write the model folder in one piece.
 
     Args:
         weights: averaged (`ema`) or last (`raw`) parameters; averaged ones by default if the run kept them.
+        partial: take blocks that are not trained to their end as far as they are, also while they train.
 
     Raises:
-        UserError: a block is unfinished, or averaged weights are asked of a run that has none.
+        UserError: a block is unfinished, or has nothing yet where `partial` is asked for; or averaged weights are asked
+            of a run that has none.
         CorruptData: a checkpoint is damaged or comes from another block or run, or configuration, plan and codebook do
             not belong together.
     """
@@ -72,19 +78,21 @@ def assemble(run: RunDirectory, weights: Weights | None = None) -> Assembled:
     codebook = family.codebook(config) if plan.kind == "blocks" else None
     check_plan(config, plan, codebook)
     tensors: dict[str, Tensor] = {} if codebook is None else {"codebook": codebook}
+    steps = []
     for block in plan.blocks:
-        step, found = read_weights(run.block(block.index), chosen)
-        if step != plan.steps:
+        step, found, state = _read_block(run.block(block.index), chosen)
+        if step != plan.steps and not partial:
             raise UserError(
                 f"block {block.index} has reached step {step} of {plan.steps}",
                 field="run",
                 value=run.uri,
-                mend="finish it with `dbtrain train` or `dbtrain baseline` on the same run directory",
+                mend="finish it with `dbtrain train` or `dbtrain baseline` on that directory, or take it as --partial",
             )
+        steps.append(step)
         expected = build_on_meta(family, config, block.layers, block.trained, codebook)
         shapes = {name: value.shape for name, value in expected.named_parameters()}
         if (
-            read_state(run.block(block.index))["origin"] != origin(plan, block.index)
+            state["origin"] != origin(plan, block.index)
             or {name: value.shape for name, value in found.items()} != shapes
         ):
             raise CorruptData(
@@ -94,7 +102,22 @@ def assemble(run: RunDirectory, weights: Weights | None = None) -> Assembled:
                 mend="put back the block's own checkpoints, or train it again",
             )
         tensors |= {f"blocks.{block.index}.{name}": value.contiguous() for name, value in found.items()}
-    return _write(run, tensors, chosen)
+    return _write(run, tensors, chosen, tuple(steps))
+
+
+def _read_block(block: BlockDirectory, weights: Weights) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    """Step, parameters and state of a block's newest checkpoint, which its worker may replace meanwhile."""
+    while True:
+        newest = checkpoint_steps(block)[-1:]
+        try:
+            step, found = read_weights(block, weights)
+            state = read_state(block)
+        except CorruptData:
+            if checkpoint_steps(block)[-1:] == newest:
+                raise
+            continue
+        if checkpoint_steps(block)[-1:] == newest:
+            return step, found, state
 
 
 def _choose(config: RunConfig, weights: Weights | None) -> Weights:
@@ -109,7 +132,7 @@ def _choose(config: RunConfig, weights: Weights | None) -> Weights:
     return weights or ("ema" if averaged else "raw")
 
 
-def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights) -> Assembled:
+def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights, steps: tuple[int, ...]) -> Assembled:
     config, plan = run.config, run.plan
     data = safetensors.torch.save(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
@@ -117,6 +140,7 @@ def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights) -> A
     about: dict[str, Any] = {
         "format": FORMAT,
         "weights": weights,
+        "steps": steps,
         "sha256": sha256,
         "config": config.model_dump(mode="json"),
         "plan": plan.model_dump(mode="json"),
@@ -124,7 +148,7 @@ def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights) -> A
     folder, storage = temporary_name("model"), run.storage
     try:
         storage.write_atomic(f"{folder}/model.safetensors", data)
-        storage.write_atomic(f"{folder}/README.md", _model_card(config, plan, weights, sha256).encode())
+        storage.write_atomic(f"{folder}/README.md", _model_card(config, plan, weights, steps, sha256).encode())
         if storage.exists(TOKENIZER):
             storage.write_atomic(f"{folder}/{TOKENIZER}", storage.read_bytes(TOKENIZER))
         storage.write_atomic(f"{folder}/config.json", json.dumps(about, indent=2).encode())
@@ -140,20 +164,25 @@ def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights) -> A
         blocks=len(plan.blocks),
         parameters=parameters,
         bytes=len(data),
+        steps=steps,
+        partial=min(steps) < plan.steps,
     )
 
 
-def _model_card(config: RunConfig, plan: Plan, weights: Weights, sha256: str) -> str:
+def _model_card(config: RunConfig, plan: Plan, weights: Weights, steps: tuple[int, ...], sha256: str) -> str:
     what = (
         f"{len(plan.blocks)} independently trained denoising blocks, {config.model.depth} layers in all"
         if plan.kind == "blocks"
         else f"the end-to-end network, {config.model.depth} layers"
     )
     kept = "exponential moving average" if weights == "ema" else "last step"
+    trained = f"{plan.steps} steps"
+    if min(steps) < plan.steps:
+        trained = f"{', '.join(map(str, steps))} of {plan.steps} steps (training goes on)"
     return (
         f"# {config.name}\n\n"
         f"A {config.model.family} model trained by dbtrain: {what}.\n\n"
-        f"- weights: {kept} after {plan.steps} steps of {plan.batch_size} samples a block\n"
+        f"- weights: {kept} after {trained} of {plan.batch_size} samples a block\n"
         f"- seed: {config.seed}\n"
         f"- SHA-256 of model.safetensors: `{sha256}`\n\n"
         '```python\nimport dbtrain\n\nmodel = dbtrain.load("path/to/this/folder")\n'

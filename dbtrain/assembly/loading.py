@@ -35,6 +35,8 @@ class AssembledModel:
     codebook: Tensor | None
     """(classes, width); none for an end-to-end network."""
     weights: Weights
+    steps: tuple[int, ...]
+    """Steps of each block when they were assembled."""
     sha256: str
     device: torch.device
     tokenizer: bytes | None
@@ -49,6 +51,11 @@ class AssembledModel:
     def end_to_end(self) -> bool:
         """Whether this is the baseline."""
         return self.plan.kind == "end_to_end"
+
+    @property
+    def partial(self) -> bool:
+        """Whether some block was not trained to its end."""
+        return min(self.steps) < self.plan.steps
 
 
 def load_model(path: str, device: str | torch.device = "cpu") -> AssembledModel:
@@ -84,6 +91,7 @@ def load_model(path: str, device: str | torch.device = "cpu") -> AssembledModel:
         modules=modules,
         codebook=None if codebook is None else codebook.to(where),
         weights=about["weights"],
+        steps=tuple(about["steps"]),
         sha256=about["sha256"],
         device=where,
         tokenizer=storage.read_bytes(TOKENIZER) if storage.exists(TOKENIZER) else None,
@@ -101,7 +109,8 @@ def _read_about(storage: Storage, path: str) -> dict[str, Any]:
     try:
         about["config"] = parse_config(about["config"])
         about["plan"] = Plan.model_validate(about["plan"])
-        about = {name: about[name] for name in ("config", "plan", "weights", "sha256")}
+        about.setdefault("steps", [about["plan"].steps] * len(about["plan"].blocks))
+        about = {name: about[name] for name in ("config", "plan", "weights", "steps", "sha256")}
     except (KeyError, TypeError, ValidationError, UserError) as error:
         raise CorruptData(f"config.json is damaged: {type(error).__name__}", field="path", value=path) from error
     return about

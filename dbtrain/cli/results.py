@@ -50,13 +50,16 @@ def assemble(
         WeightsChoice | None,
         typer.Option("--weights", help="Averaged or last ones; averaged if kept.", show_default=False),
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Take unfinished blocks as far as they are, also while they train.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Stitch the trained blocks of a run into one model."""
     from dbtrain.assembly.assemble import assemble as assemble_run
     from dbtrain.run_directory import RunDirectory
 
-    made = assemble_run(RunDirectory.open(run), None if weights is None else weights.value)
+    made = assemble_run(RunDirectory.open(run), None if weights is None else weights.value, partial)
     if as_json:
         emit_json(asdict(made))
         return
@@ -64,6 +67,8 @@ def assemble(
         f"{made.path}: {made.blocks} blocks, {made.parameters:,} parameters, {human_bytes(made.bytes)}, "
         f"{made.weights} weights\nsha256 {made.sha256}"
     )
+    if made.partial:
+        typer.echo(f"partial: the blocks have reached steps {', '.join(map(str, made.steps))}")
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dbtrain.cli.output import AsJson, ConfigFile, Overrides, emit_json, err, report
+from dbtrain.cli.output import AsJson, ConfigFile, Overrides, emit_json, err, report, whole_number
 from dbtrain.config_file import load_config
 from dbtrain.errors import UserError
 
@@ -45,11 +45,22 @@ def train(
         str | None,
         typer.Option("--order", metavar="2,1,0", help="Order in which blocks get a worker.", show_default=False),
     ] = None,
+    interleave: Annotated[
+        int | None,
+        typer.Option(
+            "--interleave",
+            metavar="STEPS",
+            parser=whole_number("--interleave"),
+            help="With fewer workers than blocks: let blocks take turns of so many steps.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train every block, each by itself; on an unfinished run directory, resume it."""
-    _train("blocks", config, run, backend, address, _parse_order(order), overrides, as_json)
+    settings = [*(overrides or []), *([] if interleave is None else [f"resources.interleave={interleave}"])]
+    _train("blocks", config, run, backend, address, _parse_order(order), settings, as_json)
 
 
 def baseline(

@@ -14,12 +14,15 @@ from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.evaluation import Evaluation, Progress
 from dbtrain.run_directory import PLAN, RunDirectory
 from dbtrain.storage import Storage
+from dbtrain.training.checkpoint import checkpoint_steps
 
 EVALUATION = "evaluation.json"
 
 
 def model_of(run: RunDirectory, device: str | torch.device = "cpu") -> AssembledModel:
     """The run's model; a finished run is assembled first if it was not yet, or if its chain settings have changed.
+
+    A model that was assembled from unfinished blocks stays until the run is finished.
 
     Raises:
         UserError: the run is unfinished.
@@ -28,8 +31,10 @@ def model_of(run: RunDirectory, device: str | torch.device = "cpu") -> Assembled
     if not run.storage.exists("model/model.safetensors"):
         assemble(run)
     model = load_model(run.uri, device)
-    if model.config.chain != run.config.chain:  # not part of the run's identity: `train` may have renewed them
-        assemble(run, model.weights)
+    finished = all(checkpoint_steps(run.block(b.index))[-1:] == [run.plan.steps] for b in run.plan.blocks)
+    # The chain is not part of the run's identity: `train` may have renewed it.
+    if model.config.chain != run.config.chain or (model.partial and finished):
+        assemble(run, model.weights, partial=not finished)
         model = load_model(run.uri, device)
     return model
 

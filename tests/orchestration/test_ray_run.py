@@ -173,6 +173,25 @@ def test_a_hung_worker_holds_nobody_up(cluster: Cluster, tmp_path: Path, make_co
     assert journal(tmp_path, "block_finished")[-1]["block"] == 0
 
 
+def test_a_worker_that_hangs_is_killed_and_its_block_goes_on(
+    cluster: Cluster, tmp_path: Path, make_config: MakeConfig, digest_of: DigestOf, undisturbed: str
+) -> None:
+    frozen: list[int] = []
+
+    def look(snapshot: Snapshot) -> None:
+        block = snapshot.blocks[1]
+        if block.pid is not None and block.checkpoint_step > 0 and not frozen:
+            os.kill(block.pid, signal.SIGSTOP)
+            frozen.append(block.pid)
+
+    config = make_config(training=LONG, resources={"heartbeat_timeout": 2.0})
+    result = train_run(config, tmp_path, backend="ray", watch=Watch(look))
+    assert result.ok
+    assert [block.restarts for block in result.blocks] == [0, 1, 0]
+    assert journal(tmp_path, "block_restarting")[0]["reason"] == "the worker hangs: no answer for 2 s"
+    assert digest_of(tmp_path) == undisturbed
+
+
 def test_a_worker_that_finds_no_room_in_time_counts_as_dead(
     cluster: Cluster, tmp_path: Path, make_config: MakeConfig
 ) -> None:
