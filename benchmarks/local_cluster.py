@@ -126,7 +126,12 @@ class LocalCluster:
         }
 
     def start_head(
-        self, cpus: float = 1, ip: str = "127.0.0.1", wrap: Sequence[str] = (), extra: Mapping[str, str] | None = None
+        self,
+        cpus: float = 1,
+        ip: str = "127.0.0.1",
+        wrap: Sequence[str] = (),
+        extra: Mapping[str, str] | None = None,
+        dashboard: int | None = None,
     ) -> LocalNode:
         """Start GCS and raylet, and wait until they answer.
 
@@ -135,10 +140,14 @@ class LocalCluster:
             ip: of the node.
             wrap: command before `ray start`, such as `ip netns exec NAME`.
             extra: further environment variables.
+            dashboard: port of the dashboard and the job server, on the loopback address; none without it.
         """
         port = free_port(ip) if not wrap else 6379
         self.address = f"{ip}:{port}"
-        return self._start(["--head", f"--port={port}", "--include-dashboard=false"], cpus, ip, wrap, extra)
+        role = ["--head", f"--port={port}", f"--include-dashboard={str(dashboard is not None).lower()}"]
+        if dashboard is not None:
+            role += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        return self._start(role, cpus, ip, wrap, extra)
 
     def add_node(
         self, cpus: float = 1, ip: str = "127.0.0.1", wrap: Sequence[str] = (), extra: Mapping[str, str] | None = None

@@ -97,7 +97,8 @@ def test_a_stopped_run_goes_on(long_recipe: Path, place: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "number"), [("inline", signal.SIGINT), ("ray", signal.SIGINT), ("ray", signal.SIGTERM)]
+    ("backend", "number"),
+    [("inline", signal.SIGINT), ("inline", signal.SIGUSR1), ("ray", signal.SIGINT), ("ray", signal.SIGTERM)],
 )
 def test_every_way_to_stop(
     long_recipe: Path, undisturbed: str, place: Path, backend: str, number: signal.Signals
