@@ -20,6 +20,7 @@ _STYLES = {
     BlockState.PENDING: "dim",
     BlockState.STARTING: "cyan",
     BlockState.RUNNING: "bold",
+    BlockState.PAUSED: "dim",
     BlockState.RESTARTING: "yellow",
     BlockState.FINISHED: "green",
     BlockState.FAILED: "bold red",
@@ -59,20 +60,28 @@ class TableWatcher:
 
 
 class LineWatcher:
-    """Writes one line for every change of a block's state, and none for mere progress."""
+    """Writes one line for every change of a block's state and for every new trouble, and none for mere progress."""
 
     def __init__(self, console: Console):
         self._console = console
         self._seen: dict[int, tuple[BlockState, int]] = {}
+        self._remarks: dict[int, list[str]] = {}
 
     def update(self, snapshot: Snapshot) -> None:
         """Compare with what was written last."""
         for block in snapshot.blocks:
             now = (block.state, block.attempt)
             if self._seen.get(block.index, (BlockState.PENDING, block.attempt)) != now:
-                text = status_line(block, snapshot.plan.steps)
-                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+                self._print(status_line(block, snapshot.plan.steps))
             self._seen[block.index] = now
+            known, remarks = self._remarks.get(block.index, []), _remarks(block)
+            for remark in remarks:
+                if remark not in known:
+                    self._print(f"block {block.index}: {remark}")
+            self._remarks[block.index] = remarks
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def status_line(block: BlockStatus, total: int) -> str:
@@ -88,6 +97,17 @@ def status_line(block: BlockStatus, total: int) -> str:
     if block.reason is None or block.state in (BlockState.STARTING, BlockState.RUNNING):
         return text
     return f"{text}: {block.reason}"
+
+
+def _remarks(block: BlockStatus) -> list[str]:
+    """What is unusual about a block that has workers."""
+    remarks = [remark for remark in (block.trouble, block.slow) if remark is not None]
+    if block.leaving is not None:
+        remarks.append(f"its workers save and leave: {block.leaving}")
+    if block.rollbacks:
+        times = "once" if block.rollbacks == 1 else f"{block.rollbacks} times"
+        remarks.append(f"has gone back to a checkpoint {times}: values were not finite")
+    return remarks
 
 
 def status_table(snapshot: Snapshot) -> Table:
@@ -113,7 +133,7 @@ def status_table(snapshot: Snapshot) -> Table:
             str(block.index),
             f"{layout.layers[0]}-{layout.layers[1] - 1}",
             noise_text(layout),
-            Text(str(block.state), style=_STYLES[block.state]),
+            Text(str(block.state) + (f" x{block.seats}" if block.seats > 1 else ""), style=_STYLES[block.state]),
             Text(
                 "-" if block.pid is None else f"{block.device} @ {block.node}",
                 no_wrap=True,
@@ -126,6 +146,7 @@ def status_table(snapshot: Snapshot) -> Table:
             str(block.restarts),
         )
     troubles = [f"block {b.index}: {b.reason}" for b in snapshot.blocks if b.reason is not None]
+    troubles += [f"block {b.index}: {remark}" for b in snapshot.blocks for remark in _remarks(b)]
     if snapshot.stopping:
         troubles.append("stopping: workers finish their step and save")
     if troubles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,6 +27,8 @@ from dbtrain.training.checkpoint import checkpoint_steps, read_weights
 from dbtrain.training.planner import make_plan
 
 BackendName = Literal["inline", "ray"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ def _open_backend(name: BackendName, config: RunConfig, plan: Plan, address: str
         from dbtrain.orchestration.inline_backend import InlineBackend, check_gpus
 
         check_gpus(config.resources)
+        if config.resources.replicas > 1:
+            _log.warning("resources.replicas is ignored: the inline backend trains a block with one worker")
         return InlineBackend(config.resources.resolved_device, stop)
     try:
         from dbtrain.orchestration.ray_backend import RayBackend

@@ -111,6 +111,24 @@ def test_elsewhere_than_on_a_terminal_only_changes_of_state_are_told() -> None:
     ]
 
 
+def test_every_state_and_every_trouble_is_shown() -> None:
+    for state in BlockState:
+        assert str(state) in render(snapshot(replace(RUNNING, state=state)))
+    unwell = replace(RUNNING, seats=2, slow="takes 4 times as long", trouble="no room", leaving="it is slow here")
+    text = render(snapshot(replace(unwell, rollbacks=1)))
+    assert "running x2" in text
+    for remark in ("takes 4 times as long", "no room", "it is slow here", "back to a checkpoint once"):
+        assert f"block 0: {remark}" in text or remark in text
+
+
+def test_a_trouble_is_told_once_and_again_when_it_comes_back() -> None:
+    out = io.StringIO()
+    with watch_terminal(Console(file=out, width=60)) as watcher:
+        for trouble in (None, "no room", "no room", None, "no room"):
+            watcher.update(snapshot(replace(RUNNING, trouble=trouble)))
+    assert out.getvalue().splitlines()[1:] == ["block 0: no room"] * 2
+
+
 def test_on_a_terminal_the_last_state_stays_visible() -> None:
     out = io.StringIO()
     with watch_terminal(Console(file=out, width=120, force_terminal=True)) as watcher:
