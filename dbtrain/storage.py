@@ -271,7 +271,7 @@ class ArrowStorage(Storage):
 
     def read_bytes(self, rel: str) -> bytes:
         def read() -> bytes:
-            with self._filesystem.open_input_stream(self._path(rel)) as stream:
+            with self._filesystem.open_input_file(self._path(rel)) as stream:
                 return bytes(stream.read())
 
         return self._retried(read, rel)
