@@ -18,7 +18,7 @@ import torch
 from quality import figures_of, print_tables
 
 from dbtrain.config_file import load_config
-from dbtrain.data.manifest import Manifest
+from dbtrain.data.prepare import ensure_prepared
 from dbtrain.inference.runs import evaluation_of
 from dbtrain.run_directory import RunDirectory
 from dbtrain.training.planner import make_plan
@@ -41,7 +41,7 @@ def average_stems(trainers: Sequence[BlockTrainer]) -> None:
 def train(config_file: Path, overrides: Sequence[str], every: int, folder: Path) -> RunDirectory:
     """All blocks side by side, averaged every `every` steps."""
     config = load_config(config_file, [*overrides, f"logging.every={every}"])
-    plan = make_plan(config, "blocks", Manifest.load(config.data.shards).facts())
+    plan = make_plan(config, "blocks", ensure_prepared(config).facts())
     run = RunDirectory.create_or_resume(folder, config, plan)
     with ExitStack() as stack:
         trainers = [stack.enter_context(closing(BlockTrainer(run, block.index, 1))) for block in plan.blocks]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import dbtrain
+from dbtrain.data.node_cache import local_shards
 from dbtrain.data.shards import ShardSet
 from dbtrain.inference.sample_images import ImageSampler
 
@@ -48,7 +49,9 @@ def main() -> None:
     sampler = dbtrain.load(arguments.run, arguments.device)
     if not isinstance(sampler, ImageSampler) or sampler.latents:
         raise SystemExit(f"{arguments.run} does not draw images")
-    train = ShardSet.open(sampler.config.data.shards, "train")
+    facts = sampler.model.plan.data
+    assert facts is not None
+    train = ShardSet.open(local_shards(sampler.config.data, facts.sha256), "train")
     real = torch.from_numpy(train.gather("image", np.arange(min(train.rows, arguments.real))))
     drawn = torch.from_numpy(sampler.sample(arguments.count)).permute(0, 3, 1, 2)
     found = torch_fidelity.calculate_metrics(

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dbtrain.config import AugmentConfig, RandAugmentConfig, RunConfig
+from dbtrain.config import RunConfig
 from dbtrain.config_file import parse_config
 from dbtrain.data.columns import ImageShape
 from dbtrain.data.loader import BatchLoader
@@ -27,6 +27,7 @@ from dbtrain.data.order import SampleOrder
 from dbtrain.data.shard_writer import SplitWriter, write_shard
 from dbtrain.data.shards import ShardSet
 from dbtrain.data.transforms import TrainTransform
+from dbtrain.data_config import AugmentConfig, RandAugmentConfig
 
 BATCH = 128
 CIFAR = ImageShape(channels=3, height=32, width=32)

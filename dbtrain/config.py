@@ -8,56 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dbtrain.data_config import DataConfig
 from dbtrain.model_config import ModelConfig, Section, config_class
 from dbtrain.resources_config import ResourcesConfig
 
-BUILT_IN_SOURCES = ("digits", "topics")
 READOUTS = ("first", "last", "product", "first_mean", "last_mean", "product_mean")
 """What can be read off the chain; `dbtrain.diffusion.chain.read_out` computes them."""
-
-
-class RandAugmentConfig(Section):
-    """RandAugment (Cubuk et al. 2020): `operations` random distortions in a row, each of strength `magnitude`."""
-
-    operations: int = Field(2, ge=1, le=8)
-    """How many distortions each image goes through."""
-    magnitude: float = Field(9.0, ge=0.0, le=30.0)
-    """Strength, on the paper's scale of 0 to 30."""
-
-
-class AugmentConfig(Section):
-    """Training-time distortions of images; each sample's are a function of (seed, block, sample position)."""
-
-    crop_padding: int = Field(0, ge=0)
-    """Zero padding before a random crop of the original size, pixels; 0 turns cropping off."""
-    flip: bool = False
-    """Mirror half of the images left to right."""
-    randaugment: RandAugmentConfig | None = None
-    """Further distortions; none by default."""
-
-
-class DataConfig(Section):
-    """Where the samples come from."""
-
-    source: str = "digits"
-    """`digits` (comes with scikit-learn) or `topics` (text of the standard library), prepared on first use; or a name
-    for shards made by `dbtrain prepare`."""
-    path: str | None = None
-    """Folder of the prepared shards; `data/<source>` below the working directory when not given."""
-    augment: AugmentConfig = AugmentConfig()
-    """Training-time distortions."""
-
-    @property
-    def shards(self) -> Path:
-        """The folder of shards, absolute."""
-        return Path(self.path if self.path is not None else f"data/{self.source}").expanduser().absolute()
 
 
 class PartitionConfig(Section):
@@ -333,13 +295,15 @@ class RunConfig(Section):
         """The fields that decide the trained bytes, as plain data.
 
         Two configurations with the same identity may share a run directory. Left out are the run's name, where the
-        shards lie (their digest stands in the plan), placement, cadences, and how inference will read the model.
+        shards lie and are copied to (their digest stands in the plan), placement, cadences, and how inference will read
+        the model.
         """
         full = self.model_dump(mode="json")
         for section in ("name", "checkpoints", "logging", "chain"):
             del full[section]
         full["resources"] = {"threads": self.resources.threads, "device": self.resources.resolved_device}
-        del full["data"]["path"], full["training"]["max_rollbacks"], full["blocks"]["average_patience"]
+        del full["data"]["path"], full["data"]["cache"]
+        del full["training"]["max_rollbacks"], full["blocks"]["average_patience"]
         if self.blocks.stem == "private":
             del full["blocks"]["stem"], full["blocks"]["average_every"]
         return full
@@ -354,5 +318,6 @@ class RunConfig(Section):
 
     def located(self) -> RunConfig:
         """The same run with all folders absolute, so that a worker started elsewhere finds them."""
-        data = self.data.model_copy(update={"path": str(self.data.shards)})
+        cache = None if self.data.cache is None else str(self.data.cache_folder)
+        data = self.data.model_copy(update={"path": self.data.location, "cache": cache})
         return self.model_copy(update={"data": data, "model": self.model.located()})

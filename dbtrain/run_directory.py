@@ -10,6 +10,7 @@ Starting a run again on its directory resumes it; a directory of another run is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -123,9 +124,7 @@ class RunDirectory:
         check_vacant(storage)
         # The plan comes last: a directory without one is not a run yet, and a start that died is repeated.
         storage.write_atomic(CONFIG, config.to_yaml().encode())
-        tokenizer = config.data.shards / TOKENIZER  # kept with the run, which may outlive its data
-        if tokenizer.is_file():
-            storage.write_atomic(TOKENIZER, tokenizer.read_bytes())
+        _keep_tokenizer(storage, config, plan)
         storage.write_atomic(PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
         return cls(storage, config, plan)
 
@@ -215,6 +214,31 @@ def check_vacant(storage: Storage) -> None:
             value=storage.uri,
             mend="choose a new or empty directory",
         )
+
+
+def _keep_tokenizer(storage: Storage, config: RunConfig, plan: Plan) -> None:
+    """The tokenizer of a text goes with its run, which may outlive the data."""
+    expected = None if plan.data is None else plan.data.tokenizer_sha256
+    if expected is None:
+        return
+    data = Storage.open(config.data.location)
+    try:
+        tokenizer = data.read_bytes(TOKENIZER)
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror or ' '.join(str(error).split())}",
+            field="data.path",
+            value=data.sub(TOKENIZER).uri,
+            mend="put back the whole folder that `dbtrain prepare` made",
+        ) from None
+    if hashlib.sha256(tokenizer).hexdigest() != expected:
+        raise CorruptData(
+            "is not the tokenizer of the manifest beside it (SHA-256 differs)",
+            field="data.path",
+            value=data.sub(TOKENIZER).uri,
+            mend="prepare the data again with `dbtrain prepare --overwrite`",
+        )
+    storage.write_atomic(TOKENIZER, tokenizer)
 
 
 def _run_differences(existing: RunDirectory, config: RunConfig, plan: Plan) -> Iterator[str]:

@@ -3,6 +3,8 @@
 A reader never sees half a file. Locally, bytes go to a temporary name, are synced, and are renamed into
 place. Object stores have no rename, but one put makes an object appear whole; a folder there is committed by
 the file that is put last and names the others (see `dbtrain.training.checkpoint`).
+
+Reading survives an error that passes: it is tried again for a short while (`dbtrain.retry`).
 """
 
 from __future__ import annotations
@@ -14,18 +16,24 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 from pyarrow import fs
 
 from dbtrain.errors import NoRoom, UserError
+from dbtrain.retry import may_pass, may_pass_remotely, retried, retried_pieces
+
+_T = TypeVar("_T")
 
 TEMPORARY = ".tmp-"
 """What the name of every file and folder that is not finished begins with."""
 REPLACED = ".tmp-old-"
 """What the name of a folder begins with while `commit_folder` puts another in its place."""
+PIECE_BYTES = 8 << 20
+"""What `Storage.read_pieces` reads at once; an object store is asked for so much with each request."""
 
 _MENDS = {
     errno.ENOSPC: "free some space, or choose another folder",
@@ -38,6 +46,8 @@ _MENDS = {
     errno.EISDIR: "a folder has that name: choose another",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
+# Where `Path.exists` says no as well.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 # Object stores that make folders out of the names of their objects.
 _FOLDERLESS = ("s3", "gcs", "abfs")
 
@@ -87,6 +97,13 @@ class Storage(ABC):
         """The content of a UTF-8 file. Raises FileNotFoundError when there is none."""
         return self.read_bytes(rel).decode()
 
+    def read_pieces(self, rel: str) -> Iterator[bytes]:
+        """The content of a file, `PIECE_BYTES` at a time. After an error that passes, reading goes on where it was.
+
+        Raises FileNotFoundError when there is no such file.
+        """
+        return retried_pieces(lambda: self._open_file(rel), PIECE_BYTES, self._name(rel), self._may_pass)
+
     @abstractmethod
     def write_atomic(self, rel: str, data: bytes) -> None:
         """Create or replace a file, and the folders above it; durable when this returns.
@@ -129,6 +146,21 @@ class Storage(ABC):
         name, and none under the name itself. On object stores the files are moved one by one, in order.
         """
 
+    @abstractmethod
+    def _open_file(self, rel: str) -> BinaryIO:
+        """A file, open for reading at any position."""
+
+    @staticmethod
+    @abstractmethod
+    def _may_pass(error: OSError) -> bool:
+        """Whether what could not be read may be readable a moment later."""
+
+    def _retried(self, action: Callable[[], _T], rel: str) -> _T:
+        return retried(action, self._name(rel), self._may_pass)
+
+    def _name(self, rel: str) -> str:
+        return f"{self.uri}: {rel}" if rel else self.uri
+
 
 class LocalStorage(Storage):
     """A folder of this machine, or of a network filesystem mounted on it."""
@@ -142,7 +174,7 @@ class LocalStorage(Storage):
         return self._root
 
     def read_bytes(self, rel: str) -> bytes:
-        return (self._root / rel).read_bytes()
+        return self._retried((self._root / rel).read_bytes, rel)
 
     def write_atomic(self, rel: str, data: bytes) -> None:
         path = self._root / rel
@@ -177,11 +209,17 @@ class LocalStorage(Storage):
                     data = data[file.write(data) :]
 
     def exists(self, rel: str) -> bool:
-        return (self._root / rel).exists()
+        try:
+            self._retried((self._root / rel).stat, rel)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+            return False
+        return True
 
     def list(self, rel: str = "") -> list[str]:
         try:
-            return sorted(os.listdir(self._root / rel))
+            return sorted(self._retried(lambda: os.listdir(self._root / rel), rel))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -217,6 +255,11 @@ class LocalStorage(Storage):
             if aside.exists():
                 shutil.rmtree(aside)
 
+    def _open_file(self, rel: str) -> BinaryIO:
+        return (self._root / rel).open("rb")
+
+    _may_pass = staticmethod(may_pass)
+
 
 class ArrowStorage(Storage):
     """A folder of a pyarrow filesystem that is not this machine's."""
@@ -227,8 +270,11 @@ class ArrowStorage(Storage):
         self.uri = uri
 
     def read_bytes(self, rel: str) -> bytes:
-        with self._filesystem.open_input_stream(self._path(rel)) as stream:
-            return bytes(stream.read())
+        def read() -> bytes:
+            with self._filesystem.open_input_file(self._path(rel)) as stream:
+                return bytes(stream.read())
+
+        return self._retried(read, rel)
 
     def write_atomic(self, rel: str, data: bytes) -> None:
         path = self._path(rel)
@@ -246,11 +292,12 @@ class ArrowStorage(Storage):
         self.write_atomic(rel, before + text.encode() + b"\n")
 
     def exists(self, rel: str) -> bool:
-        info = self._filesystem.get_file_info(self._path(rel))
+        info = self._retried(lambda: self._filesystem.get_file_info(self._path(rel)), rel)
         return bool(info.type != fs.FileType.NotFound)
 
     def list(self, rel: str = "") -> list[str]:
-        infos = self._filesystem.get_file_info(fs.FileSelector(self._path(rel), allow_not_found=True))
+        selector = fs.FileSelector(self._path(rel), allow_not_found=True)
+        infos = self._retried(lambda: self._filesystem.get_file_info(selector), rel)
         return sorted(info.base_name for info in infos)
 
     def remove_tree(self, rel: str) -> None:
@@ -272,6 +319,12 @@ class ArrowStorage(Storage):
             for name in self.list(tmp_rel):
                 self._filesystem.move(self._path(f"{tmp_rel}/{name}"), self._path(f"{final_rel}/{name}"))
             self.remove_tree(tmp_rel)
+
+    def _open_file(self, rel: str) -> BinaryIO:
+        # It has what a BinaryIO is asked for here: seek, read and close.
+        return cast(BinaryIO, self._filesystem.open_input_file(self._path(rel)))
+
+    _may_pass = staticmethod(may_pass_remotely)
 
     def _path(self, rel: str) -> str:
         return f"{self._root}/{rel}" if rel else self._root

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from object_store import ObjectStore
 from small_families import is_text, raw_config
 
 # One thread a process, as in the runs: two cores carry several workers, and float sums depend on it.
@@ -35,6 +36,16 @@ def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "topics"
     prepare("topics", folder, length=32)
     return folder
+
+
+@pytest.fixture
+def object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An object store that S3's client reads; what lies in its `folder` are its objects."""
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+    store = ObjectStore(folder, monkeypatch)
+    yield store
+    store.close()
 
 
 @pytest.fixture(scope="session")

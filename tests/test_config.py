@@ -108,6 +108,8 @@ def test_an_unknown_key_suggests_the_nearest(file: Path, override: str, expected
         ("blocks.split=[2,2,3]", ["blocks.split [2, 2, 3]", "3 blocks", "add up to 6"]),
         ("training.accumulate=3", ["training", "accumulate 3", "batch_size 128"]),
         ("noise.sigma_min=100", ["noise", "sigma_min 100.0", "below sigma_max 80.0"]),
+        ("data.cache=s3://bucket/cache", ["data.cache", "'s3://bucket/cache'", "folder of this machine"]),
+        ("data.cache=''", ["data.cache", "''", "at least 1 character"]),
         ("chain.steps=2", ["chain.steps 2", "3 blocks"]),
         ("chain.readout=best", ["chain", "readout 'best'", "first_mean"]),
         ("schedule.warmup_steps=101", ["schedule.warmup_steps 101", "training.steps 100"]),
@@ -254,6 +256,8 @@ def test_the_resolved_copy_reads_back_equal(extra: dict[str, Any]) -> None:
     [
         "name=other",
         "data.path=/elsewhere",
+        "data.path=s3://bucket/shards",
+        "data.cache=/scratch",
         "checkpoints.every=7",
         "checkpoints.keep=9",
         "logging.every=3",
@@ -298,6 +302,20 @@ def test_what_changes_the_trained_bytes_changes_the_identity(file: Path, overrid
     field = "resources.device" if override.startswith("resources.gpus") else override.split("=")[0]
     assert len(lines) == 1
     assert lines[0].startswith(f"{field}: ")
+
+
+def test_folders_become_absolute_and_uris_stay(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = load_config(file, ["data.path=shards", "data.cache=copies"]).located().data
+    assert (here.path, here.cache) == (str(tmp_path / "shards"), str(tmp_path / "copies"))
+    assert (here.shards, here.cache_folder) == (tmp_path / "shards", tmp_path / "copies")
+    named = load_config(file, [f"data.path={(tmp_path / 'two words').as_uri()}"]).located().data
+    assert (named.path, named.cached) == (str(tmp_path / "two words"), False)
+    remote = load_config(file, ["data.path=s3://bucket/shards?region=eu"]).located().data
+    # Every machine has its own idea of the user's cache folder.
+    assert (remote.path, remote.cache, remote.cached) == ("s3://bucket/shards?region=eu", None, True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert remote.cache_folder == tmp_path / "home" / "dbtrain" / "shards"
 
 
 def test_differences_lists_leaves_with_both_values() -> None:

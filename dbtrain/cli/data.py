@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from rich.progress import Progress
 
 from dbtrain.cli.output import AsJson, emit_json, err, whole_number
+from dbtrain.errors import UserError
 
 if TYPE_CHECKING:
     from dbtrain.data.manifest import Manifest
@@ -94,6 +96,13 @@ def prepare(
     from dbtrain.data.prepare import prepare as prepare_shards
 
     folder = to or Path("data") / (name or _name_of(source))
+    if re.match(r"\w+:/", str(folder)):  # what a path leaves of the two slashes
+        raise UserError(
+            "is a URI, and shards are prepared in a folder of this machine",
+            field="--out",
+            value=folder,
+            mend="give a folder, and copy the folder to where all machines see it when it is done",
+        )
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         tasks: dict[str, int] = {}
 

@@ -39,7 +39,9 @@ Baseline = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", metavar="DIR", help="Prepared shards, if they have moved.", show_default=False),
+    typer.Option(
+        "--data", metavar="DIR", help="Prepared shards, folder or URI, if they have moved.", show_default=False
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where inference runs, such as cpu or cuda.")]
 

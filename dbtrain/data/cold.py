@@ -25,15 +25,15 @@ def restore_cold(folder: Path) -> list[str]:
     """
     manifest = Manifest.load(folder)
     restored = []
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            if not (folder / shard.file).exists():
-                _restore(folder, shard)
-                restored.append(shard.file)
+    for shard in manifest.shards:
+        if not (folder / shard.file).exists():
+            restore_shard(folder, shard)
+            restored.append(shard.file)
     return restored
 
 
-def _restore(folder: Path, shard: ShardFile) -> None:
+def restore_shard(folder: Path, shard: ShardFile) -> None:
+    """Restore one shard from its cold copy in `folder`; raises as `restore_cold` does."""
     cold = None if shard.cold is None else folder / shard.cold.file
     if cold is None or shard.cold is None or not cold.exists():
         raise UserError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dbtrain.config import AugmentConfig, RunConfig
+from dbtrain.config import RunConfig
+from dbtrain.data_config import AugmentConfig
 from dbtrain.errors import UserError
 from dbtrain.model_config import DataKind, ImageModelConfig, TextModelConfig
 from dbtrain.plan import DatasetFacts
@@ -18,7 +19,7 @@ def check_fits(facts: DatasetFacts, config: RunConfig) -> None:
     Raises:
         UserError: they do not go together; the message names the field and the value that would do.
     """
-    model, where = config.model, config.data.shards
+    model, where = config.model, config.data.location
     if facts.kind not in model.data_kinds:
         wanted = " or ".join(_PLURAL[kind] for kind in model.data_kinds)
         raise UserError(

@@ -102,6 +102,11 @@ class Manifest(Record):
         channels, height, width = self.columns[0].shape
         return ImageShape(channels=channels, height=height, width=width)
 
+    @property
+    def shards(self) -> list[ShardFile]:
+        """The shards of both splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read the manifest of a folder.
@@ -112,7 +117,7 @@ class Manifest(Record):
         """
         path = folder / MANIFEST_FILE
         try:
-            text = path.read_text(encoding="utf-8")
+            data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"holds no prepared data ({MANIFEST_FILE} is missing)",
@@ -120,7 +125,21 @@ class Manifest(Record):
                 value=folder,
                 mend=f"make it with `dbtrain prepare SOURCE --out {folder}`",
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise CorruptData(f"cannot be read: {error}", field="manifest", value=path) from None
+        return cls.parse(data, str(folder), str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, folder: str, path: str) -> Manifest:
+        """The manifest that `data` is, the content of the file `path` in `folder`.
+
+        Raises:
+            UserError: it is of an older format.
+            CorruptData: it is not a manifest.
+        """
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
             raise CorruptData(f"cannot be read: {error}", field="manifest", value=path) from None
         _refuse_older(text, folder)
         try:
@@ -208,7 +227,7 @@ class Manifest(Record):
         )
 
 
-def _refuse_older(text: str, folder: Path) -> None:
+def _refuse_older(text: str, folder: str) -> None:
     try:
         raw = json.loads(text)
     except ValueError:

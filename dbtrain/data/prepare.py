@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dbtrain.config import BUILT_IN_SOURCES, RunConfig
+from dbtrain.config import RunConfig
 from dbtrain.data.cold import restore_cold
 from dbtrain.data.columns import Rows
 from dbtrain.data.files import partial_folder, publish, unwritable
 from dbtrain.data.fits import check_fits
 from dbtrain.data.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FILE, Manifest, Split, SplitFiles
 from dbtrain.data.moments import FloatMoments, Moments, PixelMoments
-from dbtrain.data.shard_writer import HashingFile, SplitWriter
+from dbtrain.data.node_cache import read_manifest
+from dbtrain.data.shard_writer import SplitWriter, write_file
 from dbtrain.data.sources import Source, SourceOptions
 from dbtrain.data.sources.opening import open_source
 from dbtrain.data.text.source import PackedText
+from dbtrain.data_config import BUILT_IN_SOURCES
 from dbtrain.errors import UserError
 from dbtrain.model_config import TextModelConfig
 
@@ -84,8 +86,8 @@ def prepare(
         with partial_folder(out) as folder:
             manifest = _write(opened, folder, shard_bytes, cold, progress)
             if isinstance(opened, PackedText):
-                _write_file(folder / TOKENIZER_FILE, opened.tokenizer.to_bytes())
-            _write_file(folder / MANIFEST_FILE, manifest.to_json().encode())
+                write_file(folder / TOKENIZER_FILE, opened.tokenizer.to_bytes())
+            write_file(folder / MANIFEST_FILE, manifest.to_json().encode())
             publish(folder, out, replace=replace)
     except OSError as error:
         raise unwritable(error, "--out", out) from None
@@ -93,13 +95,28 @@ def prepare(
 
 
 def ensure_prepared(config: RunConfig, progress: Progress | None = None) -> Manifest:
-    """The manifest of the run's data, ready to be opened with `ShardSet.open(config.data.shards, ...)`.
+    """The manifest of the run's data, which `local_shards` then opens.
 
-    A built-in source is prepared on first use, and deleted shards are restored from their cold copies.
+    In a folder, a built-in source is prepared on first use, and deleted shards are restored from their cold copies.
+    Of a URI the manifest alone is read.
 
     Raises:
         UserError: there is no data, it is damaged, or it does not fit the model; the message has the mend.
     """
+    source = config.data.source
+    manifest = read_manifest(config.data) if config.data.remote else _prepared_here(config, progress)
+    if source in BUILT_IN_SOURCES and manifest.source != source:
+        raise UserError(
+            f"{config.data.location} holds data prepared from {manifest.source!r}",
+            field="data.source",
+            value=source,
+            mend="set data.source to a name of your own, or data.path to another folder",
+        )
+    check_fits(manifest.facts(), config)
+    return manifest
+
+
+def _prepared_here(config: RunConfig, progress: Progress | None) -> Manifest:
     folder, source = config.data.shards, config.data.source
     if not (folder / MANIFEST_FILE).exists():
         if source not in BUILT_IN_SOURCES:
@@ -119,14 +136,6 @@ def ensure_prepared(config: RunConfig, progress: Progress | None = None) -> Mani
                 raise
     manifest = Manifest.load(folder)
     restore_cold(folder)
-    if source in BUILT_IN_SOURCES and manifest.source != source:
-        raise UserError(
-            f"{config.data.shards} holds data prepared from {manifest.source!r}",
-            field="data.source",
-            value=source,
-            mend="set data.source to a name of your own, or data.path to another folder",
-        )
-    check_fits(manifest.facts(), config)
     return manifest
 
 
@@ -194,14 +203,6 @@ def _write(source: Source, folder: Path, shard_bytes: int, cold: bool, progress:
         std=std,
         text=source.facts() if isinstance(source, PackedText) else None,
     )
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    file = HashingFile(path)  # durable when closed
-    try:
-        file.write(data)
-    finally:
-        file.close()
 
 
 def _check_labels(rows: Rows, source: Source) -> None:

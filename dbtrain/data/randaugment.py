@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dbtrain.config import RandAugmentConfig
+from dbtrain.data_config import RandAugmentConfig
 
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 TABLES = ("auto_contrast", "equalize", "solarize", "posterize", "contrast", "brightness")

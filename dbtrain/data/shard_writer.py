@@ -85,6 +85,15 @@ class HashingFile:
         return self._hash.hexdigest()
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, durably."""
+    file = HashingFile(path)
+    try:
+        file.write(data)
+    finally:
+        file.close()
+
+
 class SplitWriter:
     """Collects the rows of one split and writes a shard whenever one is full."""
 

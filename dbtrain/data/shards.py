@@ -106,22 +106,38 @@ class ShardSet:
         Raises:
             CorruptData: a file's bytes are not those its manifest promises.
         """
-        stamps = _read_stamps(self.folder)
-        shards = [shard for split in self.manifest.splits.values() for shard in split.shards]
-        total, done = sum(shard.bytes for shard in shards), 0
-        fresh: dict[str, list[int | str]] = {}
-        for shard in shards:
-            stamp = _stamp(self.folder / shard.file, shard)
-            if stamps.get(shard.file) != stamp:
-                _verify_file(self.folder, shard, self.manifest)
-            fresh[shard.file] = stamp
-            done += shard.bytes
-            if progress is not None:
-                progress(done, total)
-        if self.manifest.text is not None:
-            _verify_tokenizer(self.folder / TOKENIZER_FILE, self.manifest.text.tokenizer_sha256)
-        if fresh != stamps:
-            _write_stamps(self.folder, fresh)
+        verify_folder(self.folder, self.manifest, progress)
+
+
+def verify_folder(folder: Path, manifest: Manifest, progress: VerifyProgress | None = None) -> None:
+    """What `ShardSet.verify` does, without mapping what is verified already."""
+    stamps = _read_stamps(folder)
+    shards = manifest.shards
+    total, done = sum(shard.bytes for shard in shards), 0
+    fresh: dict[str, list[int | str]] = {}
+    for shard in shards:
+        stamp = _stamp(folder / shard.file, shard)
+        if stamps.get(shard.file) != stamp:
+            _verify_file(folder, shard, manifest)
+        fresh[shard.file] = stamp
+        done += shard.bytes
+        if progress is not None:
+            progress(done, total)
+    if manifest.text is not None:
+        _verify_tokenizer(folder / TOKENIZER_FILE, manifest.text.tokenizer_sha256)
+    if fresh != stamps:
+        _write_stamps(folder, fresh)
+
+
+def verify_copied(folder: Path, manifest: Manifest) -> None:
+    """What is left to verify of shards whose digests were taken while they were copied; `verify` then skips them.
+
+    Raises:
+        CorruptData: values in a shard are not what the manifest promises.
+    """
+    for shard in manifest.shards:
+        _verify_values(folder, shard, manifest)
+    _write_stamps(folder, {shard.file: _stamp(folder / shard.file, shard) for shard in manifest.shards})
 
 
 def _map(folder: Path, shard: ShardFile, columns: Sequence[Column]) -> _Mapped:
@@ -171,6 +187,11 @@ def _verify_file(folder: Path, shard: ShardFile, manifest: Manifest) -> None:
     _check_size(path, shard)
     if file_sha256(path) != shard.sha256:
         raise _corrupt(path, "its bytes have changed since it was prepared (SHA-256 differs)")
+    _verify_values(folder, shard, manifest)
+
+
+def _verify_values(folder: Path, shard: ShardFile, manifest: Manifest) -> None:
+    path = folder / shard.file
     views = _map(folder, shard, manifest.columns).columns
     if manifest.text is not None:
         highest = int(views["tokens"].max())

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dbtrain.config import AugmentConfig
 from dbtrain.data.randaugment import LANES_PER_OPERATION, rand_augment
+from dbtrain.data_config import AugmentConfig
 from dbtrain.randomness import keyed_uniform
 
 # Which of a sample's uniform numbers decides what. Fixed: turning one distortion on leaves the others alone.

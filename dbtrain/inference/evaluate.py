@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dbtrain.assembly.loading import AssembledModel
 from dbtrain.data.manifest import MANIFEST_FILE, Split
+from dbtrain.data.node_cache import local_shards
 from dbtrain.data.shards import ShardSet
 from dbtrain.errors import UserError
 from dbtrain.inference.evaluation import Evaluation, Progress
@@ -23,7 +24,7 @@ def evaluate(
     """Evaluate on a split of the data the model was trained with; what is measured follows from the family's task.
 
     Args:
-        data: the folder of the shards, where they are not (any more) where the run's configuration says.
+        data: the folder of the shards or its URI, where they are not (any more) where the run's configuration says.
         judge: an end-to-end model of the same data, trained on its own, that scores the text `model` writes.
 
     Raises:
@@ -59,7 +60,10 @@ def _open_shards(model: AssembledModel, split: Split, data: str | Path | None) -
     """The split's shards, verified, and known to be those of the model."""
     facts = model.plan.data
     assert facts is not None
-    folder = model.config.data.shards if data is None else Path(data).expanduser().absolute()
+    place = model.config.data
+    if data is not None:  # read where the user says, and copied only where it has to be
+        place = place.model_copy(update={"path": str(data), "cache": None})
+    folder = local_shards(place, facts.sha256)
     if not (folder / MANIFEST_FILE).exists():
         raise UserError(
             "the shards the model was trained on are not there (any more)",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dbtrain.config import RunConfig
+from dbtrain.data.node_cache import local_shards
 from dbtrain.data.prepare import ensure_prepared
 from dbtrain.data.shards import ShardSet
 from dbtrain.errors import CorruptData, UserError
@@ -105,8 +106,11 @@ def train_run(
     """
     config = config.located()
     manifest = ensure_prepared(config)
-    ShardSet.open(config.data.shards, "train").verify()
-    plan = make_plan(config, kind, manifest.facts())
+    facts = manifest.facts()
+    # Copies are for the machines that train; the driver of a cluster need not be one of them.
+    if address is None or not config.data.cached:
+        ShardSet.open(local_shards(config.data, facts.sha256), "train").verify()
+    plan = make_plan(config, kind, facts)
 
     storage = Storage.open(run_path)
     if storage.exists(PLAN):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import BatchLoader
+from dbtrain.data.node_cache import local_shards
 from dbtrain.data.order import SampleOrder
 from dbtrain.data.shards import ShardSet
 from dbtrain.errors import CorruptData, UserError
@@ -89,12 +90,12 @@ class BlockTrainer:
         family = family_of(config)
         codebook = family.codebook(config) if block.trained is not None else None
         check_plan(config, plan, codebook)
-        shards = ShardSet.open(config.data.shards, "train")
+        shards = ShardSet.open(local_shards(config.data, plan.data.sha256), "train")
         if shards.manifest.facts().sha256 != plan.data.sha256:
             raise UserError(
                 "the shards here are not those the run was planned with",
                 field="data.path",
-                value=str(config.data.shards),
+                value=config.data.location,
                 mend="every machine has to see the same prepared data",
             )
         with torch.random.fork_rng(devices=[]):

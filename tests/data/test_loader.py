@@ -7,11 +7,11 @@ import pytest
 import torch
 from image_files import random_pixels
 
-from dbtrain.config import AugmentConfig, RandAugmentConfig
 from dbtrain.data.loader import BatchLoader, iterate_split
 from dbtrain.data.order import SampleOrder
 from dbtrain.data.shards import ShardSet
 from dbtrain.data.transforms import EvalTransform, TrainTransform
+from dbtrain.data_config import AugmentConfig, RandAugmentConfig
 
 AUGMENT = AugmentConfig(crop_padding=1, flip=True, randaugment=RandAugmentConfig())
 

@@ -11,8 +11,8 @@ import torch
 from image_files import random_pixels
 from PIL import Image, ImageEnhance, ImageOps
 
-from dbtrain.config import RandAugmentConfig
 from dbtrain.data.randaugment import GEOMETRIC, LANES_PER_OPERATION, OPERATIONS, distort, rand_augment
+from dbtrain.data_config import RandAugmentConfig
 
 SIZE = 33
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import random_pixels
 
-from dbtrain.config import AugmentConfig, RandAugmentConfig
 from dbtrain.data.transforms import EvalTransform, TrainTransform, flip, pad_crop
+from dbtrain.data_config import AugmentConfig, RandAugmentConfig
 
 EVERYTHING = AugmentConfig(crop_padding=2, flip=True, randaugment=RandAugmentConfig())
 
