@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from object_store import ObjectStore
 from small_families import is_text, raw_config
 
@@ -17,6 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from dbtrain.config import RunConfig
 from dbtrain.config_file import parse_config
 from dbtrain.data.prepare import prepare
+
+# No test asserts a time: machines that test are busy.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SmallConfig = Callable[..., RunConfig]
 FamilyConfig = Callable[..., RunConfig]
