@@ -24,7 +24,6 @@ from dbtrain.orchestration.events import (
     Event,
     KillWorker,
     ScaleRequested,
-    StartWorker,
     StopRequested,
     StopWorker,
     Tick,
@@ -38,7 +37,8 @@ from dbtrain.orchestration.events import (
     WorkerStopped,
 )
 from dbtrain.orchestration.health import overdue, weigh
-from dbtrain.orchestration.state import ENDED, LIVE, WAITING, BlockState, BlockStatus, CoordinatorState
+from dbtrain.orchestration.room import give_room, make_way
+from dbtrain.orchestration.state import ENDED, LIVE, BlockState, BlockStatus, CoordinatorState
 
 
 def step(state: CoordinatorState, event: Event) -> tuple[CoordinatorState, tuple[Action, ...]]:
@@ -58,11 +58,15 @@ def step(state: CoordinatorState, event: Event) -> tuple[CoordinatorState, tuple
             if before.state not in LIVE or before.attempt != event.attempt:
                 return state, ()
             after = _hear(before, event, state)
-            state = _put(state, after)
+            state = state.put(after)
             if after.state in LIVE:
                 return state, ()  # no room became free
-    state, starts = _give_room(state, event.time)
-    return state, actions + starts
+    state, starts = give_room(state, event.time)
+    actions += starts
+    if isinstance(event, Tick):
+        state, stops = make_way(state, event.time)
+        actions += stops
+    return state, actions
 
 
 def _hear(block: BlockStatus, event: WorkerEvent, state: CoordinatorState) -> BlockStatus:
@@ -87,11 +91,8 @@ def _hear(block: BlockStatus, event: WorkerEvent, state: CoordinatorState) -> Bl
         case WorkerProgress():
             # Whoever waits for something that it names does not hang.
             moved = event.step != block.step or event.trouble is not None
-            if event.checkpoint_step > block.base_step and block.node_id in block.failed_on:
-                # A node on which a block gets on is forgiven.
-                block = replace(block, failed_on=tuple(node for node in block.failed_on if node != block.node_id))
             return replace(
-                block,
+                _forgive(block, event.checkpoint_step),
                 step=event.step,
                 loss=event.loss,
                 samples_per_second=event.samples_per_second,
@@ -104,7 +105,8 @@ def _hear(block: BlockStatus, event: WorkerEvent, state: CoordinatorState) -> Bl
         case WorkerFinished():
             return _leave(replace(block, step=event.step), BlockState.FINISHED, event.time)
         case WorkerStopped():
-            block = replace(block, step=event.step, checkpoint_step=max(event.step, block.checkpoint_step))
+            block = replace(_forgive(block, event.step), step=event.step)
+            block = replace(block, checkpoint_step=max(event.step, block.checkpoint_step))
             if state.stopping:
                 return _leave(block, BlockState.STOPPED, event.time)
             if block.leaving is not None or (block.until is not None and event.step >= block.until):
@@ -120,6 +122,19 @@ def _hear(block: BlockStatus, event: WorkerEvent, state: CoordinatorState) -> Bl
             return _lose(block, event.reason, event.time, state)
 
 
+def _forgive(block: BlockStatus, checkpoint_step: int) -> BlockStatus:
+    """What went wrong before a new checkpoint counts no longer: against the block, nor against the node it is on."""
+    if checkpoint_step <= block.base_step:
+        return block
+    if block.failures:
+        block = replace(block, failures=0)
+    if block.error_step is not None and block.error_step < checkpoint_step:
+        block = replace(block, error_step=None)
+    if block.node_id in block.failed_on:
+        block = replace(block, failed_on=tuple(node for node in block.failed_on if node != block.node_id))
+    return block
+
+
 def _blame(block: BlockStatus, node_id: str) -> BlockStatus:
     """Remember where the block lost a worker."""
     return replace(block, failed_on=(*block.failed_on, node_id)) if node_id else block
@@ -129,12 +144,11 @@ def _lose(block: BlockStatus, reason: str, time: float, state: CoordinatorState)
     """The block without its workers: stopped, to be restarted, or failed when the budget is spent."""
     if state.stopping:
         return _leave(block, BlockState.STOPPED, time, reason)
-    failures = 0 if block.checkpoint_step > block.base_step else block.failures
-    if failures >= state.policy.max_restarts:
-        times = f"{failures} restart{'' if failures == 1 else 's'} without a new checkpoint"
+    if block.failures >= state.policy.max_restarts:
+        times = f"{block.failures} restart{'' if block.failures == 1 else 's'} without a new checkpoint"
         return _leave(block, BlockState.FAILED, time, f"{reason} (after {times})")
-    retry_at = time + state.policy.backoff(failures)
-    return replace(_leave(block, BlockState.RESTARTING, time, reason), retry_at=retry_at, failures=failures + 1)
+    retry_at = time + state.policy.backoff(block.failures)
+    return replace(_leave(block, BlockState.RESTARTING, time, reason), retry_at=retry_at, failures=block.failures + 1)
 
 
 def _leave(block: BlockStatus, to: BlockState, time: float, reason: str | None = None) -> BlockStatus:
@@ -162,10 +176,10 @@ def _look_after(state: CoordinatorState, time: float) -> tuple[CoordinatorState,
     for block in state.blocks:
         if (reason := overdue(block, state.policy, time)) is not None:
             actions.append(KillWorker(block.index, block.attempt))
-            state = _put(state, _lose(_blame(block, block.node_id), reason, time, state))
+            state = state.put(_lose(_blame(block, block.node_id), reason, time, state))
     state, slow = weigh(state, time)
     for block in slow:
-        state = _put(state, replace(block, leaving="it is slow here", slow_on=block.node_id))
+        state = state.put(replace(block, leaving="it is slow here", slow_on=block.node_id))
         actions.append(StopWorker(block.index, block.attempt))
     return state, tuple(actions)
 
@@ -180,71 +194,18 @@ def _stop(state: CoordinatorState, time: float) -> tuple[CoordinatorState, tuple
         if block.state in LIVE:
             actions.append(StopWorker(block.index, block.attempt))
         elif block.state not in ENDED:
-            state = _put(state, _leave(block, BlockState.STOPPED, time, block.reason))
+            state = state.put(_leave(block, BlockState.STOPPED, time, block.reason))
     return state, tuple(actions)
 
 
 def _scale(state: CoordinatorState, event: ScaleRequested) -> tuple[CoordinatorState, tuple[Action, ...]]:
     """Another number of workers for a block: those it has save and leave, and as many as wanted start."""
     block = state.blocks[event.block]
-    if event.replicas == block.replicas or block.state in ENDED:
+    as_wanted = block.seats in (0, event.replicas)
+    if block.state in ENDED or (as_wanted and event.replicas == block.replicas):
         return state, ()
     block = replace(block, replicas=event.replicas)
-    if block.state not in LIVE or block.leaving is not None or state.stopping:
-        return _put(state, block), ()
+    if as_wanted or block.leaving is not None or state.stopping:
+        return state.put(block), ()
     block = replace(block, leaving=f"it goes on with {event.replicas} worker{'' if event.replicas == 1 else 's'}")
-    return _put(state, block), (StopWorker(block.index, block.attempt),)
-
-
-def _give_room(state: CoordinatorState, time: float) -> tuple[CoordinatorState, tuple[Action, ...]]:
-    """Start blocks that wait as long as there is room; those in their back-off are passed over."""
-    if state.stopping:
-        return state, ()
-    ready = [block for index in state.order if _is_ready(block := state.blocks[index], time)]
-    if not ready or state.live >= state.slots:
-        return state, ()
-    slice_steps = state.policy.slice_steps
-    if slice_steps is not None:
-        ready.sort(key=lambda block: block.step)  # stable: those who lag first, then as in `order`
-        wanted = sum(block.replicas for block in state.blocks if block.state not in ENDED)
-        if wanted <= state.slots:
-            slice_steps = None
-    actions: list[Action] = []
-    bad_nodes = state.avoided()
-    for block in ready:
-        if state.live >= state.slots:
-            break
-        avoid = bad_nodes if block.slow_on is None else bad_nodes | {block.slow_on}
-        # A node that is avoided is better than none.
-        avoid = avoid if state.slots_outside(avoid) > 0 else frozenset()
-        seats = _seats(block, state.slots_outside(avoid))
-        if seats > state.slots_outside(avoid) - state.live_outside(avoid) or seats > state.slots - state.live:
-            continue
-        started = replace(
-            block,
-            state=BlockState.STARTING,
-            attempt=block.attempt + 1,
-            restarts=block.restarts + (block.state is BlockState.RESTARTING),
-            since=time,
-            seats=seats,
-            until=None if slice_steps is None else block.step - block.step % slice_steps + slice_steps,
-            base_step=block.checkpoint_step,
-        )
-        state = _put(state, started)
-        actions.append(StartWorker(block.index, started.attempt, seats, started.until, avoid))
-    return state, tuple(actions)
-
-
-def _is_ready(block: BlockStatus, time: float) -> bool:
-    return block.state in WAITING and (block.state is not BlockState.RESTARTING or time >= block.retry_at)
-
-
-def _seats(block: BlockStatus, room: int) -> int:
-    """As many workers as wanted, or where nodes have left, the largest part of them that divides a batch as well."""
-    return next(seats for seats in range(block.replicas, 0, -1) if seats <= max(room, 1) and not block.replicas % seats)
-
-
-def _put(state: CoordinatorState, block: BlockStatus) -> CoordinatorState:
-    blocks = list(state.blocks)
-    blocks[block.index] = block
-    return replace(state, blocks=tuple(blocks))
+    return state.put(block), (StopWorker(block.index, block.attempt),)

@@ -57,8 +57,8 @@ def weigh(state: CoordinatorState, time: float) -> tuple[CoordinatorState, list[
 
 
 def _may_move(block: BlockStatus, state: CoordinatorState) -> bool:
-    """Whether to move it: asked for, not done before, and another node has room for it."""
-    if not state.policy.move_slow or block.slow_on is not None or not block.node_id:
+    """Whether to move it: asked for, not done before, it does not leave anyway, and another node has room for it."""
+    if not state.policy.move_slow or block.slow_on is not None or block.leaving is not None or not block.node_id:
         return False
     avoid = state.avoided() | {block.node_id}
     return state.slots_outside(avoid) - state.live_outside(avoid) >= block.seats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from dbtrain.orchestration.events import Node
@@ -165,8 +165,17 @@ class CoordinatorState:
         return fit if self.limit is None else min(fit, self.limit)
 
     def live_outside(self, avoid: frozenset[str]) -> int:
-        """Workers that there are now outside some nodes; one that has not answered could be anywhere."""
-        return sum(b.seats for b in self.blocks if b.state in LIVE and b.node_id not in avoid)
+        """Workers that there are now outside some nodes, at most.
+
+        Those that have not answered could be anywhere, and so could all of a group but the first.
+        """
+        return sum(b.seats - (b.node_id in avoid) for b in self.blocks if b.state in LIVE)
+
+    def put(self, block: BlockStatus) -> CoordinatorState:
+        """The state with another status of one block."""
+        blocks = list(self.blocks)
+        blocks[block.index] = block
+        return replace(self, blocks=tuple(blocks))
 
     def avoided(self) -> frozenset[str]:
         """Nodes on which some block lost its worker twice."""

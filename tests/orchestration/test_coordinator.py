@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from feeding import POLICY, feed, fresh, started, states
 
 from dbtrain.orchestration.coordinator import step
 from dbtrain.orchestration.events import (
@@ -16,34 +17,9 @@ from dbtrain.orchestration.events import (
     WorkerError,
     WorkerFinished,
     WorkerProgress,
-    WorkerStarted,
     WorkerStopped,
 )
-from dbtrain.orchestration.state import BlockState, BlockStatus, CoordinatorState, Policy, initial_state
-
-POLICY = Policy(max_restarts=3, start_timeout=10.0, first_backoff=0.5, longest_backoff=30.0)
-
-
-def fresh(blocks: int, slots: int, policy: Policy = POLICY, order: list[int] | None = None) -> CoordinatorState:
-    return initial_state(
-        [BlockStatus(index) for index in range(blocks)], nodes=[Node("n", slots)], policy=policy, order=order
-    )
-
-
-def feed(state: CoordinatorState, *events: Event) -> tuple[CoordinatorState, list[object]]:
-    actions: list[object] = []
-    for event in events:
-        state, new = step(state, event)
-        actions += new
-    return state, actions
-
-
-def started(time: float, block: int, attempt: int) -> WorkerStarted:
-    return WorkerStarted(time, block, attempt, pid=100 + block, node="n", device="cpu")
-
-
-def states(state: CoordinatorState) -> list[str]:
-    return [block.state.value for block in state.blocks]
+from dbtrain.orchestration.state import BlockState, BlockStatus, Policy, initial_state
 
 
 def test_fills_slots_in_order_and_gives_a_free_one_to_the_next() -> None:
