@@ -125,6 +125,15 @@ class Plan(_Record):
         return self.steps * self.batch_size * sum(block.flops_per_sample for block in self.blocks)
 
 
+def human_bytes(count: float) -> str:
+    """12.3 MB, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def split_layers(depth: int, count: int, split: Sequence[int] | None = None) -> list[tuple[int, int]]:
     """Cut `depth` layers into `count` contiguous pieces, as (first, end) pairs.
 

@@ -68,9 +68,7 @@ class BlockDirectory:
         Raises:
             StaleAttempt: the block belongs to a newer attempt already.
         """
-        current = self.current_attempt()
-        if attempt < current:
-            raise StaleAttempt(self.storage.uri, attempt, current)
+        self.check_fence(attempt)
         self.storage.write_atomic(ATTEMPT, (json.dumps({"attempt": attempt}) + "\n").encode())
 
     def current_attempt(self) -> int:
@@ -88,12 +86,26 @@ class BlockDirectory:
             )
         return attempt
 
+    def check_fence(self, attempt: int) -> None:
+        """Raise StaleAttempt if a newer attempt than `attempt` has claimed the block."""
+        current = self.current_attempt()
+        if current > attempt:
+            raise StaleAttempt(self.storage.uri, attempt, current)
+
+    @property
+    def metrics_uri(self) -> str:
+        """Where `log_metrics` writes."""
+        return f"{self.storage.uri}/{METRICS}"
+
     def log_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl, with the time in seconds since 1970."""
         self.storage.append_line(METRICS, _line(values))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl, oldest first. A block that was restarted may have told a step twice."""
+        """All lines of metrics.jsonl, oldest first. A block that was restarted may have told a step twice.
+
+        Lines with an "event" tell of a roll-back, and have no loss.
+        """
         return list(_read_lines(self.storage, METRICS))
 
 

@@ -12,7 +12,8 @@ from dbtrain.plan import Kind, Plan
 from dbtrain.run_directory import RunDirectory
 from dbtrain.training.checkpoint import checkpoint_steps
 from dbtrain.training.planner import make_plan
-from dbtrain.training.trainer import BlockTrainer, Progress
+from dbtrain.training.progress import Progress
+from dbtrain.training.trainer import BlockTrainer
 
 
 @lru_cache(maxsize=32)

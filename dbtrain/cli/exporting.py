@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dbtrain.cli.output import AsJson, emit_json, err, human_bytes
+from dbtrain.cli.output import AsJson, emit_json, err
+from dbtrain.plan import human_bytes
 
 
 def export(

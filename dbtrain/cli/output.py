@@ -95,15 +95,6 @@ def whole_number(option: str) -> Callable[[str], int]:
     return parse
 
 
-def human_bytes(count: float) -> str:
-    """12.3 MB, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def parse_bytes(text: str) -> float:
     """`8GB`, `512 MB`, `2GiB` or a plain number, in bytes. Raises UserError for anything else."""
     units = {

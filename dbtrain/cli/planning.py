@@ -11,13 +11,13 @@ from dbtrain.cli.output import (
     ConfigFile,
     Overrides,
     emit_json,
-    human_bytes,
     parse_bytes,
     print_table,
     whole_number,
 )
 from dbtrain.config_file import load_config
 from dbtrain.errors import UserError
+from dbtrain.plan import human_bytes
 
 if TYPE_CHECKING:
     from dbtrain.config import RunConfig

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from dbtrain.cli.output import AsJson, RunPath, emit_json, err, human_bytes, print_table
+from dbtrain.cli.output import AsJson, RunPath, emit_json, err, print_table
 from dbtrain.errors import UserError
+from dbtrain.plan import human_bytes
 
 if TYPE_CHECKING:
     from dbtrain.data.manifest import Split

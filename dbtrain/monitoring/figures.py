@@ -31,7 +31,11 @@ def draw_figures(
 
 def loss_curve(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """Steps and losses of a block, NaN for none; where a restart repeated a step, the later line counts."""
-    by_step = {int(line["step"]): float("nan") if line["loss"] is None else float(line["loss"]) for line in metrics}
+    by_step = {
+        int(line["step"]): float("nan") if line["loss"] is None else float(line["loss"])
+        for line in metrics
+        if "event" not in line
+    }
     steps = sorted(by_step)
     return steps, [by_step[step] for step in steps]
 

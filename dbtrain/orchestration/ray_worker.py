@@ -11,8 +11,8 @@ import ray
 
 if TYPE_CHECKING:
     from dbtrain.orchestration.session import BlockSession, Outcome
+    from dbtrain.training.progress import Progress
     from dbtrain.training.seat import Seat
-    from dbtrain.training.trainer import Progress
 
 
 @dataclass(frozen=True)

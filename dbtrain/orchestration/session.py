@@ -19,8 +19,11 @@ from dbtrain.orchestration.events import (
     WorkerStopped,
 )
 from dbtrain.run_directory import RunDirectory
+from dbtrain.training.memory import is_out_of_memory, oom_advice
+from dbtrain.training.progress import Progress
+from dbtrain.training.room import Room
 from dbtrain.training.seat import Seat
-from dbtrain.training.trainer import BlockTrainer, Progress
+from dbtrain.training.trainer import BlockTrainer
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class BlockSession:
         self._block = block
         self._attempt = attempt
         self._seat = Seat() if seat is None else seat
+        self._room = Room()
+        self._run: RunDirectory | None = None
         self._trainer: BlockTrainer | None = None
         self._reports: Iterator[Progress] | None = None
         self._latest: Progress | None = None
@@ -57,14 +62,17 @@ class BlockSession:
     def request_stop(self) -> None:
         """Finish the step in hand, save, and leave; also before there is anything to stop."""
         self._stop = True
+        self._room.give_up()  # the trainer may be waiting before it is built
         trainer = self._trainer
         if trainer is not None:
             trainer.request_stop()
 
     def progress(self) -> Progress | None:
-        """The newest report, with the step of this moment; None before the block is built."""
+        """The newest report, with the step and the trouble of this moment; None before the block is built."""
         trainer, latest = self._trainer, self._latest
-        return None if trainer is None or latest is None else replace(latest, step=trainer.step)
+        return (
+            None if trainer is None or latest is None else replace(latest, step=trainer.step, trouble=trainer.trouble)
+        )
 
     def advance(self) -> Progress | Outcome:
         """Train up to the next report. An Outcome is the last; what the trainer raises becomes one."""
@@ -73,7 +81,12 @@ class BlockSession:
         except Exception as error:
             # The border of the worker: a bug or a user's mistake is told to the driver, which decides what
             # follows.
-            outcome = Outcome("error", self._step(), reason_of(error), traceback_of(error))
+            trainer = self._trainer
+            step, rows = (-1, ()) if trainer is None else (trainer.step, trainer.rows_in_hand())
+            reason = reason_of(error)
+            if self._run is not None and is_out_of_memory(error):
+                reason = oom_advice(self._run.config, self._run.plan, self._block)
+            outcome = Outcome("error", step, reason, traceback_of(error), rows)
             self.close()
             return outcome
 
@@ -87,10 +100,10 @@ class BlockSession:
 
     def _advance(self) -> Progress | Outcome:
         if self._reports is None:
-            run = RunDirectory.open(self._run_uri)
+            run = self._run = RunDirectory.open(self._run_uri)
             self._threads = run.plan.threads
             torch.set_num_threads(self._threads)
-            self._trainer = BlockTrainer(run, self._block, self._attempt, self._seat)
+            self._trainer = BlockTrainer(run, self._block, self._attempt, self._seat, self._room)
             if self._stop:
                 self._trainer.request_stop()
             self._reports = self._trainer.train()
@@ -103,9 +116,6 @@ class BlockSession:
         assert self._latest is not None, "the trainer reports at least once"
         self.close()
         return Outcome("finished" if self._latest.done else "stopped", self._latest.step)
-
-    def _step(self) -> int:
-        return -1 if self._trainer is None else self._trainer.step
 
 
 def event_of(report: Progress | Outcome, time: float, block: int, attempt: int) -> WorkerEvent:

@@ -17,11 +17,12 @@ import hashlib
 import json
 import logging
 import re
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import safetensors
@@ -30,15 +31,13 @@ import zstandard
 from torch import Tensor
 
 from dbtrain.errors import CorruptData, UserError
-from dbtrain.run_directory import BlockDirectory, StaleAttempt
+from dbtrain.run_directory import BlockDirectory
 from dbtrain.storage import REPLACED, TEMPORARY, Storage, temporary_name
+from dbtrain.training.room import Room
+from dbtrain.training.unfinished import MANIFEST, UnfinishedCheckpoint, encode_tensors
 
-MANIFEST = "MANIFEST"
 _FORMAT = 1
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_SAMPLE_BYTES = 1 << 20
-_SAMPLE_PIECES = 16
-_WORTHWHILE = 0.9
 
 _log = logging.getLogger(__name__)
 
@@ -61,19 +60,31 @@ class Snapshot:
 class CheckpointStore:
     """The checkpoints of one block, as the one attempt that may write them sees them."""
 
-    def __init__(self, block: BlockDirectory, attempt: int, keep: int):
+    def __init__(
+        self,
+        block: BlockDirectory,
+        attempt: int,
+        keep: int,
+        regular: Callable[[int], bool] = lambda step: True,
+        room: Room | None = None,
+    ):
         """Removes what dead writers left unfinished, unless a newer attempt owns the block.
 
         Args:
             block: whose checkpoints.
             attempt: the writer's number; saving is refused once a newer one has claimed the block.
             keep: how many intact checkpoints remain, newest first; at least 1.
+            regular: tells the steps that are saved in any case from those that a stop has chosen. Only the former
+                count for `keep`: which of them there are does not depend on stops.
+            room: who waits when the disk is full; nobody if not given.
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}; it has to be at least 1")
         self._block = block
         self._attempt = attempt
         self._keep = keep
+        self._regular = regular
+        self._room = Room(patient=False) if room is None else room
         self._storage = block.checkpoints
         self._damaged: set[int] = set()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -86,14 +97,20 @@ class CheckpointStore:
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint in the background, in place of one of the same step; waits for the one before.
 
+
         The tensors must not change until `wait` returns.
 
         Raises:
             StaleAttempt: a newer attempt owns the block; nothing was changed.
             UserError: the checkpoint before this one could not be written; this one is not written either.
+            NoRoom: so it was for lack of room, and nobody waits for that any longer.
         """
         self.wait()
-        self._in_flight = self._writer.submit(self._write, snapshot)
+        self._in_flight = self._writer.submit(self._room.write, partial(self._write, snapshot))
+
+    def settled(self, timeout: float) -> bool:
+        """Whether no checkpoint is in flight any more after at most `timeout` seconds."""
+        return self._in_flight is None or bool(wait_for([self._in_flight], timeout).done)
 
     def wait(self) -> None:
         """Return when the checkpoint in flight is durable; raises what went wrong with it, once."""
@@ -112,6 +129,26 @@ class CheckpointStore:
         """Steps of the checkpoints there are, ascending, without those that loading found damaged."""
         return [step for step in checkpoint_steps(self._block) if step not in self._damaged]
 
+    def go_back(self, well_until: int) -> Snapshot | None:
+        """Load the newest intact checkpoint up to step `well_until`, and remove those after it; None if there is none.
+
+        Only regular checkpoints count, and of them the newest `keep`: so the choice depends on no stop and no death.
+        If all of them are later, the oldest is taken: it was saved while training stood still.
+        Warns of each damaged one on the way to it.
+
+        Raises:
+            StaleAttempt: a newer attempt owns the block; nothing was changed.
+        """
+        regular = [step for step in self.steps() if self._regular(step)][-self._keep :]
+        snapshot = self._first_intact([step for step in reversed(regular) if step <= well_until] or regular[:1])
+        self._check_fence()
+        for step in reversed(checkpoint_steps(self._block)):
+            # The newest first: whatever is left if this process dies here is the history of one training.
+            if snapshot is None or step > snapshot.step:
+                self._storage.remove_tree(_step_name(step))
+        self.durable_step = 0 if snapshot is None else snapshot.step
+        return snapshot
+
     def load_latest(self) -> Snapshot | None:
         """The newest intact checkpoint, every file verified; None when there is no checkpoint.
 
@@ -121,18 +158,10 @@ class CheckpointStore:
             CorruptData: there are checkpoints and all are damaged.
         """
         found = checkpoint_steps(self._block)
-        for step in reversed(found):
-            try:
-                snapshot = _load(self._storage, step)
-            except CorruptData as error:
-                self._damaged.add(step)
-                message = f"skipping a damaged checkpoint: {error}"
-                _log.warning(message)
-                warnings.warn(message, stacklevel=2)
-            else:
-                self._damaged.discard(step)
-                self.durable_step = step
-                return snapshot
+        snapshot = self._first_intact(found[::-1])
+        if snapshot is not None:
+            self.durable_step = snapshot.step
+            return snapshot
         if found:
             raise CorruptData(
                 f"all checkpoints of block {self._block.index} are damaged: {self._storage.uri}",
@@ -141,10 +170,24 @@ class CheckpointStore:
             )
         return None
 
+    def _first_intact(self, steps: Sequence[int]) -> Snapshot | None:
+        for step in steps:
+            try:
+                snapshot = _load(self._storage, step)
+            except CorruptData as error:
+                self._damaged.add(step)
+                message = f"skipping a damaged checkpoint: {error}"
+                _log.warning(message)
+                warnings.warn(message, stacklevel=3)
+            else:
+                self._damaged.discard(step)
+                return snapshot
+        return None
+
     def _write(self, snapshot: Snapshot) -> None:
         self._check_fence()
         name = _step_name(snapshot.step)
-        files = _UnfinishedCheckpoint(self._storage, name)
+        files = UnfinishedCheckpoint(self._storage, name)
         try:
             entries = {part: files.write(filename, data) for part, filename, data in _encode(snapshot)}
             manifest = _seal({"format": _FORMAT, "step": snapshot.step, "attempt": self._attempt, "files": entries})
@@ -163,15 +206,13 @@ class CheckpointStore:
         self._prune(snapshot.step)
 
     def _check_fence(self) -> None:
-        current = self._block.current_attempt()
-        if current > self._attempt:
-            raise StaleAttempt(self._block.storage.uri, self._attempt, current)
+        self._block.check_fence(self._attempt)
 
     def _prune(self, newest: int) -> None:
-        """Keep the newest intact checkpoints up to step `newest`, and drop the other ones before it."""
+        """Keep the newest intact regular checkpoints up to step `newest`, and that one; drop the others before it."""
         before = [step for step in checkpoint_steps(self._block) if step <= newest]
-        kept = [step for step in before if step not in self._damaged][-self._keep :]
-        for step in before:
+        kept = [step for step in before if self._regular(step) and step not in self._damaged][-self._keep :]
+        for step in before[:-1]:
             if step not in kept:
                 self._storage.remove_tree(_step_name(step))
 
@@ -196,48 +237,6 @@ class CheckpointStore:
             and _STEP_NAME.fullmatch(name) is not None
             and not self._storage.exists(f"{name}/{MANIFEST}")
         )
-
-
-class _UnfinishedCheckpoint:
-    """One writer's files of one checkpoint, until they are committed or discarded."""
-
-    def __init__(self, storage: Storage, final: str):
-        self._storage = storage
-        self._final = final
-        renames = storage.local_path is not None
-        self._folder = temporary_name(final) if renames else final
-        self._prefix = "" if renames else f"{uuid.uuid4().hex[:12]}."
-        self._names: list[str] = []
-
-    def write(self, name: str, data: bytes) -> dict[str, Any]:
-        """Write one file; returns its entry in the manifest."""
-        unique = self._prefix + name
-        self._names.append(unique)
-        self._storage.write_atomic(f"{self._folder}/{unique}", data)
-        return {"file": unique, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-    def commit(self, manifest: bytes, check_fence: Callable[[], None]) -> None:
-        """Make the files the checkpoint, in place of the one of that step, if the fence still lets us."""
-        if self._folder != self._final:
-            self._storage.write_atomic(f"{self._folder}/{MANIFEST}", manifest)
-            check_fence()
-            self._storage.commit_folder(self._folder, self._final)
-            return
-        check_fence()
-        # From here on nothing may be discarded: a put that failed with a broken connection may have arrived.
-        names, self._names = self._names, []
-        self._storage.write_atomic(f"{self._final}/{MANIFEST}", manifest)
-        for name in self._storage.list(self._final):
-            if name not in names and name != MANIFEST:
-                self._storage.remove_tree(f"{self._final}/{name}")
-
-    def discard(self) -> None:
-        """Remove what was written and not committed, as far as the filesystem lets us."""
-        with contextlib.suppress(OSError, UserError):
-            if self._folder != self._final:
-                self._storage.remove_tree(self._folder)
-            for name in self._names:
-                self._storage.remove_tree(f"{self._folder}/{name}")
 
 
 def checkpoint_steps(block: BlockDirectory) -> list[int]:
@@ -302,34 +301,9 @@ def _encode(snapshot: Snapshot) -> Iterator[tuple[str, str, bytes]]:
         ("optimizer", snapshot.optimizer),
     ):
         if tensors is not None:
-            data = _encode_tensors(tensors)
-            if _compresses(data):
-                yield part, f"{part}.safetensors.zst", zstandard.ZstdCompressor(level=1).compress(data)
-            else:
-                yield part, f"{part}.safetensors", data
+            ending, data = encode_tensors(tensors)
+            yield part, f"{part}.{ending}", data
     yield "state", "state.json", (json.dumps(snapshot.state, sort_keys=True, indent=2) + "\n").encode()
-
-
-def _encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file that depends on names, types, shapes and values alone, not on order or layout."""
-    owned: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        dense = tensor.detach().contiguous()
-        if dense.untyped_storage().data_ptr() in storages:
-            dense = dense.clone()
-        storages.add(dense.untyped_storage().data_ptr())
-        owned[name] = dense
-    return safetensors.torch.save(owned)
-
-
-def _compresses(data: bytes) -> bool:
-    """Whether zstd takes at least a tenth off a sample of 1 MiB, drawn evenly from the file."""
-    if len(data) > _SAMPLE_BYTES:
-        piece = _SAMPLE_BYTES // _SAMPLE_PIECES
-        stride = (len(data) - piece) // (_SAMPLE_PIECES - 1)
-        data = b"".join(data[k * stride : k * stride + piece] for k in range(_SAMPLE_PIECES))
-    return len(zstandard.ZstdCompressor(level=1).compress(data)) <= _WORTHWHILE * len(data)
 
 
 def _load(storage: Storage, step: int) -> Snapshot:

@@ -50,7 +50,8 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def restore_optimizer(
     module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], device: torch.device
 ) -> None:
-    """Put back what `optimizer_tensors` gave, on `device`."""
+    """Put back what `optimizer_tensors` gave, on `device`, in place of what the optimiser has."""
+    optimizer.state.clear()
     parameters = dict(module.named_parameters())
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")

@@ -6,10 +6,10 @@ trainer that restarts at a checkpoint repeats what an undisturbed one would have
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -19,57 +19,37 @@ from dbtrain.data.loader import BatchLoader
 from dbtrain.data.node_cache import local_shards
 from dbtrain.data.order import SampleOrder
 from dbtrain.data.shards import ShardSet
-from dbtrain.errors import CorruptData, UserError
+from dbtrain.errors import CorruptData, NoRoom, UserError
 from dbtrain.models import Batch, Draw, family_of
 from dbtrain.randomness import derive_key, generator, step_key
 from dbtrain.run_directory import RunDirectory
 from dbtrain.training.checkpoint import CheckpointStore, Snapshot
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
+from dbtrain.training.initial import beginning, initial_module
+from dbtrain.training.metrics import MetricsLog
 from dbtrain.training.optimisation import (
     learning_rate,
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
 )
-from dbtrain.training.planner import build_module, check_plan, origin
+from dbtrain.training.planner import check_plan, origin
+from dbtrain.training.progress import Progress
+from dbtrain.training.rollback import NonFiniteError, Rollbacks, StepGuard, check_weights
+from dbtrain.training.room import Room
 from dbtrain.training.seat import Seat
 
-MAX_CONSECUTIVE_SKIPS = 20
-"""Optimiser steps in a row that may be skipped for a non-finite gradient before the block gives up."""
+_LOOK = 0.25  # seconds between two reports of a trainer that waits for room
 
-
-class NonFiniteError(RuntimeError):
-    """Gradients stayed infinite or NaN for `MAX_CONSECUTIVE_SKIPS` steps, or a parameter became so."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a block's training stands."""
-
-    block: int
-    attempt: int
-    step: int
-    """Finished optimiser steps."""
-    total: int
-    loss: float
-    """Mean training loss since the last report; NaN before the first step."""
-    samples_per_second: float
-    checkpoint_step: int
-    """Step of the newest durable checkpoint, 0 if there is none."""
-    done: bool
-    """True once the last step is durably saved."""
-    trouble: str | None = None
-    """What the worker waits for, such as room on a full disk."""
-    rollbacks: int = 0
-    """How often the block has gone back to a checkpoint because of infinite or NaN values, in all its attempts."""
+_log = logging.getLogger(__name__)
 
 
 class BlockTrainer:
     """Builds block `index` of a run, resumes it from its newest checkpoint, and trains it to the end."""
 
-    def __init__(self, run: RunDirectory, index: int, attempt: int, seat: Seat | None = None):
-        """Claims the block for `attempt` and allocates this block alone.
+    def __init__(self, run: RunDirectory, index: int, attempt: int, seat: Seat | None = None, room: Room | None = None):
+        """Claims the block for `attempt` and allocates this block alone; on a full disk, as soon as there is `room`.
 
         `seat` says which of the block's workers this is and where its time slice ends; alone and to the end by default.
 
@@ -83,7 +63,8 @@ class BlockTrainer:
         self.config, self.plan, self.index, self.attempt = config, plan, index, attempt
         self.seat = Seat() if seat is None else seat
         self._directory = run.block(index)
-        self._directory.claim(attempt)
+        self._room = Room() if room is None else room
+        self._room.write(lambda: self._directory.claim(attempt))
         self.device = prepare_device(config.resources.resolved_device)
 
         block = plan.blocks[index]
@@ -98,11 +79,7 @@ class BlockTrainer:
                 value=config.data.location,
                 mend="every machine has to see the same prepared data",
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_key(config.seed, "init", plan.kind, index))
-            module = build_module(family, config, block.layers, block.trained, codebook)
-            family.start_from(config, block.layers, module)
-        self.module = module.to(self.device).train()
+        self.module = initial_module(config, plan, index, codebook).to(self.device).train()
         if config.training.compile:
             self.module.compile()
         self.optimizer = make_optimizer(self.module, config.optimiser)
@@ -110,30 +87,50 @@ class BlockTrainer:
 
         scaling = family.scaling(config, plan.data)
         transform = make_transform(config, plan.data, scaling, derive_key(config.seed, "augment", index))
-        order = SampleOrder(shards.rows, config.seed, index)
-        self._loader = BatchLoader(shards, order, transform, plan.batch_size, self.device)
+        self._order = SampleOrder(shards.rows, config.seed, index)
+        self._loader = BatchLoader(shards, self._order, transform, plan.batch_size, self.device)
 
         # The end-to-end network may take fewer steps for as many layer-evaluations; its warm-up shrinks with them.
         warmup = round(config.schedule.warmup_steps * plan.steps / config.training.steps)
         self._schedule = config.schedule.model_copy(update={"warmup_steps": warmup})
         self.step = 0
-        self._skipped = torch.zeros((), device=self.device)  # consecutive non-finite steps
-        self._most_skipped = torch.zeros((), device=self.device)
+        self._guard = StepGuard(self.device)
+        self._rollbacks = Rollbacks()
+        self._in_step = False
         self._stop = False
-        self._store = CheckpointStore(self._directory, attempt, config.checkpoints.keep)
+        self._store = CheckpointStore(self._directory, attempt, config.checkpoints.keep, self._is_regular, self._room)
+        self._metrics = MetricsLog(self._directory, attempt)
         self._saved_step = 0
         self._loss_sum = torch.zeros((), device=self.device)
         self._restore()
 
     def request_stop(self) -> None:
-        """Finish the step in hand, save, and leave `train`. May be called from another thread."""
+        """Finish the step in hand, save, and leave `train`; what finds no room on a full disk is not saved.
+
+        May be called from another thread or a signal handler.
+        """
         self._stop = True
+        self._room.give_up()
+
+    @property
+    def trouble(self) -> str | None:
+        """What is waited for at this moment, such as room on a full disk. For other threads, too."""
+        return self._room.trouble
+
+    def rows_in_hand(self) -> tuple[int, ...]:
+        """Numbers of the rows in the batch of the step that has raised; none when it was not a step that raised."""
+        if not self._in_step:
+            return ()
+        return tuple(self._order.rows_at(self._cursor, self.plan.batch_size)[1].tolist())
 
     def train(self) -> Iterator[Progress]:
         """Train to the last step; report at the start, every `logging.every` steps, and after the last save.
 
+        While a checkpoint waits for room on a full disk, reports come several times a second.
+
         Raises:
-            NonFiniteError: too many steps in a row had non-finite gradients; nothing is saved after them.
+            NonFiniteError: values became infinite or NaN, and `training.max_rollbacks` times of going back are used up;
+                nothing is saved after them.
             StaleAttempt: a newer attempt took the block over.
             UserError: a checkpoint could not be written.
         """
@@ -143,37 +140,82 @@ class BlockTrainer:
         since, started = self.step, time.perf_counter()
         loss = rate = float("nan")
         while self.step < end and not self._stop:
+            self._in_step = True
             grad_norm = self._train_step()
+            self._in_step = False
             telling = self.step % self.config.logging.every == 0 or self.step == total
             if telling:
                 loss = float(self._loss_sum) / (self.step - since)
                 rate = (self.step - since) * self.plan.batch_size / (time.perf_counter() - started)
-                self._log(loss, rate, grad_norm)
-                self._check_finite()
+                self._tell(loss, rate, grad_norm)
                 self._loss_sum.zero_()
                 since, started = self.step, time.perf_counter()
-            if self.step % self.config.checkpoints.every == 0 or self.step == total:
-                self._save()
+            try:
+                if telling:
+                    self._guard.check(self.index)
+                if self._is_regular(self.step) or self.step == end:
+                    yield from self._wait_for_room(loss, rate)
+                    self._save()
+            except NoRoom:
+                break  # waiting ends when somebody wants the block to stop, and not before
+            except NonFiniteError as error:
+                yield from self._wait_for_room(loss, rate)
+                self._roll_back(error)
+                self._loss_sum.zero_()
+                since, started = self.step, time.perf_counter()
+                telling = True
             if telling and self.step < total:
                 yield self._progress(loss, rate)
-        if self._saved_step != self.step:
-            self._save()
-        self._store.close()
+        yield from self._wait_for_room(loss, rate)
+        self._leave()
         yield self._progress(loss, rate, durable=True)
 
     def close(self) -> None:
-        """Wait for the checkpoint being written, if any."""
+        """Wait for the checkpoint being written, if any; not for room."""
+        self._room.give_up()
         self._store.close()
+
+    @property
+    def _cursor(self) -> int:
+        """The step as everything random sees it."""
+        return self.step + self._rollbacks.offset
+
+    def _is_regular(self, step: int) -> bool:
+        """Whether the step is saved whatever happens; others are saved when somebody wants the block to stop."""
+        return step % self.config.checkpoints.every == 0 or step == self.plan.steps
+
+    def _wait_for_room(self, loss: float, rate: float) -> Iterator[Progress]:
+        """Report while the checkpoint in flight does not come to its end."""
+        while not self._store.settled(_LOOK):
+            if self.trouble is not None:
+                yield self._progress(loss, rate)
+
+    def _leave(self) -> None:
+        """Save where training has stopped; where that is not possible, what is not saved yet is given up."""
+        try:
+            if self._saved_step != self.step:
+                self._save()
+            self._store.wait()
+        except (NoRoom, NonFiniteError) as error:
+            if not self._stop:
+                raise
+            with suppress(NoRoom):
+                self._store.wait()
+            durable = self._store.durable_step
+            _log.warning("block %d stops at step %d, not %d: %s", self.index, durable, self.step, error)
+            self.step = durable
+        self._store.close()
+        self._metrics.close()
 
     def _train_step(self) -> Tensor:
         """One optimiser step; returns the gradients' norm, on the device."""
-        config, step = self.config, self.step
-        batch = self._loader.batch(step)
+        config, cursor = self.config, self._cursor
+        batch = self._loader.batch(cursor)
         draw = self.module.draw(
             self.plan.batch_size,
-            generator(step_key(config.seed, "noise", block=self.index, step=step), self.device),
+            generator(step_key(config.seed, "noise", block=self.index, step=cursor), self.device),
         )
-        rate = learning_rate(step, self.plan.steps, config.optimiser.lr, self._schedule)
+        rate = learning_rate(self.step, self.plan.steps, config.optimiser.lr, self._schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=False)
@@ -183,11 +225,8 @@ class BlockTrainer:
         if config.optimiser.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), config.optimiser.clip_norm, grad_norm)
         # A fused optimiser skips its update where found_inf is 1: a guard without waiting for the device.
-        found_inf = 1.0 - torch.isfinite(grad_norm).float()
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self._guard.judge(grad_norm, self.step + 1)  # type: ignore[attr-defined]
         self.optimizer.step()
-        self._skipped = (self._skipped + 1.0) * found_inf
-        self._most_skipped = torch.maximum(self._most_skipped, self._skipped)
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step * self.plan.batch_size, self.plan.batch_size)
@@ -200,7 +239,7 @@ class BlockTrainer:
         bfloat16 = self.config.training.precision == "bfloat16"
         total = torch.zeros((), device=self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(step_key(self.config.seed, "dropout", block=self.index, step=self.step))
+            torch.manual_seed(step_key(self.config.seed, "dropout", block=self.index, step=self._cursor))
             for part in range(parts):
                 rows = slice(part * size, (part + 1) * size)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
@@ -209,27 +248,16 @@ class BlockTrainer:
                 total += loss.detach()
         return total
 
-    def _check_finite(self) -> None:
-        """Asked only where the device is waited for anyway; the most that was skipped in a row is remembered."""
-        if int(self._most_skipped) >= MAX_CONSECUTIVE_SKIPS:
-            raise NonFiniteError(
-                f"block {self.index}: gradients were not finite in {int(self._most_skipped)} steps in a row, up to step"
-                f" {self.step}; lower optimiser.lr or set optimiser.clip_norm"
-            )
-
     def _save(self) -> None:
         """Snapshot to the CPU now, write in the background."""
-        self._check_finite()
+        self._guard.check(self.index)
         model = _cpu_copies(dict(self.module.named_parameters()))
-        for name, value in model.items():
-            if not value.isfinite().all():
-                raise NonFiniteError(
-                    f"block {self.index}: {name} is not finite at step {self.step}; lower optimiser.lr"
-                )
+        check_weights(model, self.index, self.step)
         state = {
             "origin": origin(self.plan, self.index),
             "samples": self.step * self.plan.batch_size,
-            "skipped": int(self._skipped),
+            "skipped": self._guard.skipped,
+            "rollbacks": self._rollbacks.to_json(),
         }
         self._store.save(
             Snapshot(
@@ -253,6 +281,11 @@ class BlockTrainer:
                 value=self._directory.checkpoints.uri,
                 mend="put back the block's own checkpoints, or remove that folder to train the block from its start",
             )
+        self._go_on_from(snapshot)
+        self._guard.reset(snapshot.state["skipped"])
+        self._rollbacks.restore(snapshot.state.get("rollbacks", []))
+
+    def _go_on_from(self, snapshot: Snapshot) -> None:
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 parameter.copy_(snapshot.model[name])
@@ -260,22 +293,36 @@ class BlockTrainer:
         if self.ema is not None:
             assert snapshot.ema is not None
             self.ema.restore(snapshot.ema)
-        self._skipped.fill_(float(snapshot.state["skipped"]))
         self.step = self._saved_step = snapshot.step
 
-    def _log(self, loss: float, rate: float, grad_norm: Tensor) -> None:
-        self._directory.log_metrics(
-            {
-                "step": self.step,
-                "samples": self.step * self.plan.batch_size,
-                # JSON has no word for NaN and infinity.
-                "loss": loss if math.isfinite(loss) else None,
-                "grad_norm": float(grad_norm) if grad_norm.isfinite() else None,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "samples_per_second": rate,
-                "skipped": int(self._skipped),
-                "attempt": self.attempt,
-            }
+    def _roll_back(self, error: NonFiniteError) -> None:
+        """Go on from a checkpoint with other samples and noise; raises `error` if that has been done too often."""
+        if len(self._rollbacks) >= self.config.training.max_rollbacks:
+            raise error
+        with suppress(NoRoom):
+            self._store.wait()
+        if self._stop:
+            return  # nothing of this is saved, and the next attempt finds the same
+        snapshot = self._store.go_back(error.well_until)
+        self._go_on_from(beginning(self.config, self.plan, self.index) if snapshot is None else snapshot)
+        self._guard.reset()
+        self._rollbacks.add(error.step, self.step)
+        self._metrics.rolled_back(self.step, from_step=error.step, reason=str(error))
+        _log.warning("%s; block %d goes on from step %d with other samples", error, self.index, self.step)
+        if self.step > 0:
+            # At once: whoever resumes from here has to know of the roll-back. (From the beginning it repeats itself.)
+            self._save()
+
+    def _tell(self, loss: float, rate: float, grad_norm: Tensor) -> None:
+        self._metrics.tell(
+            step=self.step,
+            samples=self.step * self.plan.batch_size,
+            loss=loss,
+            grad_norm=float(grad_norm),
+            lr=self.optimizer.param_groups[0]["lr"],
+            samples_per_second=rate,
+            skipped=self._guard.skipped,
+            checkpoint_step=self._store.durable_step,
         )
 
     def _progress(self, loss: float, rate: float, *, durable: bool = False) -> Progress:
@@ -288,6 +335,8 @@ class BlockTrainer:
             samples_per_second=rate,
             checkpoint_step=self._store.durable_step,
             done=durable and self.step == self.plan.steps,
+            trouble=self.trouble,
+            rollbacks=len(self._rollbacks),
         )
 
 

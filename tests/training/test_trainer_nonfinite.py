@@ -16,7 +16,8 @@ from dbtrain.config import RunConfig
 from dbtrain.run_directory import RunDirectory
 from dbtrain.training.checkpoint import checkpoint_steps, read_weights
 from dbtrain.training.optimisation import optimizer_tensors
-from dbtrain.training.trainer import MAX_CONSECUTIVE_SKIPS, BlockTrainer, NonFiniteError
+from dbtrain.training.rollback import MAX_CONSECUTIVE_SKIPS, NonFiniteError
+from dbtrain.training.trainer import BlockTrainer
 
 SmallConfig = Callable[..., RunConfig]
 
