@@ -67,6 +67,17 @@ def test_a_small_group_is_whole_again_when_a_node_joins() -> None:
     assert state.blocks[0].failures == 0
 
 
+def test_a_small_group_stays_small_while_others_train_in_its_room() -> None:
+    blocks = [BlockStatus(0, replicas=2), BlockStatus(1)]
+    state, _ = feed(fresh(blocks, slots={"a": 1, "b": 1}), CapacityChanged(0.0, nodes_of({"a": 1})), started(1.0, 0, 1))
+    state, _ = feed(state, CapacityChanged(2.0, nodes_of({"a": 1, "b": 1})), started(2.0, 1, 1))
+    assert [block.seats for block in state.blocks] == [1, 1]
+    state, actions = feed(state, Tick(3.0))
+    assert actions == []
+    _, actions = feed(state, WorkerFinished(4.0, 1, 1, 9), Tick(4.0))
+    assert actions == [StopWorker(0, 1)]
+
+
 def test_a_block_that_waits_goes_before_a_group_that_would_grow() -> None:
     blocks = [BlockStatus(0, replicas=2), BlockStatus(1)]
     state, _ = feed(fresh(blocks, slots={"a": 1, "b": 1}), CapacityChanged(0.0, nodes_of({"a": 1})), started(1.0, 0, 1))
