@@ -17,6 +17,7 @@ what the machine does in between is its own, so that a repeated seed gives simil
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import secrets
@@ -47,10 +48,11 @@ HEALTH = {
 Draw = tuple[Callable[[Chaos, int], Fault], int, int]
 
 
-def draw_faults(dice: random.Random, count: int, every: int) -> list[Draw]:
+def draw_faults(dice: random.Random, names: Sequence[str], count: int, every: int) -> list[Draw]:
     """Kind, victim and the steps that the victim makes first. The first ones are one of each kind, in any order."""
-    kinds = dice.sample(list(FAULTS), k=len(FAULTS))[:count]
-    kinds += dice.choices(list(FAULTS), weights=list(FAULTS.values()), k=count - len(kinds))
+    weights = {kind: weight for kind, weight in FAULTS.items() if kind.__name__ in names}
+    kinds = dice.sample(list(weights), k=len(weights))[:count]
+    kinds += dice.choices(list(weights), weights=list(weights.values()), k=count - len(kinds))
     return [(kind, dice.randrange(BLOCKS), dice.randint(1, 2 * every)) for kind in kinds]
 
 
@@ -104,13 +106,21 @@ def table(faults: Sequence[Fault], found: Verdict) -> str:
 
 
 def run_chaos(
-    folder: Path, seed: int, count: int, steps: int, every: int, seconds: float, say: Callable[[str], None]
+    folder: Path,
+    seed: int,
+    kinds: Sequence[str],
+    count: int,
+    steps: int,
+    every: int,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train undisturbed and disturbed; returns the raw facts, with `problems` empty if all is as it should be.
 
     Args:
         folder: where everything goes, and stays.
         seed: of the draw.
+        kinds: names of the functions in `chaos_faults.FAULTS` to draw from.
         count: faults.
         steps: steps of each block.
         every: steps between checkpoints.
@@ -129,7 +139,7 @@ def run_chaos(
         run = DisturbedRun(folder, config, cluster.address, cluster.environment())
         try:
             run.start_driver()
-            faults = disturb(Chaos(run, cluster, CPUS, dice), draw_faults(dice, count, every), say)
+            faults = disturb(Chaos(run, cluster, CPUS, dice), draw_faults(dice, kinds, count, every), say)
             wait_for(run.done, "the run to end", seconds)
         finally:
             run.close()
@@ -166,8 +176,8 @@ def summary(facts: dict[str, Any]) -> str:
     saving = sum(found["in_flight"] for found in facts["resumptions"])
     return "\n".join(
         [
-            f"{len(facts['faults'])} faults, {len(lost)} times a block had to go back, by {max(lost, default=0)} steps at"
-            f" most and {sum(lost) / max(len(lost), 1):.0f} in the mean; checkpoints every {facts['every']} steps",
+            f"{len(facts['faults'])} faults; {len(lost)} times a block had to go back, by {max(lost, default=0)} steps"
+            f" at most and {sum(lost) / max(len(lost), 1):.0f} in the mean; checkpoints every {facts['every']} steps",
             f"{saving} times a worker died while it was saving, and went back to the checkpoint before",
             f"lines that replaced workers still wrote to their metrics: {sum(facts['late_lines'])}",
             f"digest {facts['digest']}, undisturbed {facts['expected']}",
@@ -182,6 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, help="drawn, and printed, when not given")
     parser.add_argument("--faults", type=int, default=30)
+    names = [kind.__name__ for kind in FAULTS]
+    parser.add_argument("--kinds", nargs="+", choices=names, default=names)
     parser.add_argument("--steps", type=int, help="of each block; 400 a fault when not given")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--seconds", type=float, default=900.0, help="from the last fault to the end, at most")
@@ -191,7 +203,8 @@ def main() -> None:
     print(f"seed {seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="dbtrain-chaos-"))
     steps = 400 * args.faults if args.steps is None else args.steps
-    facts = run_chaos(folder, seed, args.faults, steps, args.every, args.seconds, lambda line: print(line, flush=True))
+    say = functools.partial(print, flush=True)
+    facts = run_chaos(folder, seed, args.kinds, args.faults, steps, args.every, args.seconds, say)
     print(summary(facts))
     if args.json is not None:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")

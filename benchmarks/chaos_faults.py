@@ -52,7 +52,7 @@ class Chaos:
 
     def driver_fault(self, kind: str, end: Callable[[], str]) -> Fault:
         """A fault of the driver, which takes all its workers along; its command is started again."""
-        fault = self.fault(kind, None, {block: 0 for block in self.run.unfinished()})
+        fault = self.fault(kind, None, dict.fromkeys(self.run.unfinished(), 0))
         fault.note = end()
         self.run.look()
         # Now that it is dead it asks for no more workers.

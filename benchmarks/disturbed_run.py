@@ -22,7 +22,7 @@ DBTRAIN = (str(Path(sys.executable).with_name("dbtrain")),)  # the command itsel
 STOP_SECONDS = 120.0
 
 
-def small_run(folder: Path, steps: int, every: int, seed: int = 1, **resources: float) -> Path:
+def small_run(folder: Path, steps: int, every: int, seed: int = 1, **resources: Any) -> Path:
     """Write the configuration of a run of four one-layer blocks on 8x8 digits; returns its path.
 
     Args:
