@@ -17,12 +17,13 @@ BIN := .venv/bin
 STAMP := .venv/.ready-$(TORCH)
 RUNS := runs/demo
 
-.PHONY: help setup demo test slow lint types imports bench pins clean
+.PHONY: help setup demo test slow lint types imports bench chaos pins clean
 
 help:
 	@echo 'make demo    train digits in 3 blocks as Ray workers, assemble, evaluate beside the end-to-end network'
 	@echo 'make test    the fast tests            make slow    the slow ones (real clusters, longer training)'
 	@echo 'make lint    ruff, mypy, import rule   make bench   what the figures in the docs come from'
+	@echo 'make chaos   kill, freeze and damage everything of a run 30 times, and compare it with an undisturbed one'
 	@echo 'make setup   .venv with everything     make pins    renew requirements.txt'
 
 setup: $(STAMP)
@@ -68,6 +69,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/loader.py
+
+# `make chaos SEED=7` draws the same faults again.
+chaos: setup
+	$(BIN)/python benchmarks/chaos.py --faults 30 $(if $(SEED),--seed $(SEED))
 
 pins: $(if $(shell command -v uv),,.uv/bin/uv)
 	echo 'torch==$(TORCH)' > .venv/torch-pin.txt
