@@ -24,6 +24,7 @@ from dbtrain.run_directory import PLAN, RunDirectory, check_vacant
 from dbtrain.storage import Storage
 from dbtrain.training.checkpoint import checkpoint_steps, read_weights
 from dbtrain.training.planner import make_plan
+from dbtrain.training.stem import check_backend_meets
 
 BackendName = Literal["inline", "ray"]
 
@@ -138,6 +139,7 @@ def _open_backend(name: BackendName, config: RunConfig, plan: Plan, address: str
         from dbtrain.orchestration.inline_backend import InlineBackend, check_gpus
 
         check_gpus(config.resources)
+        check_backend_meets(config, plan.kind)
         return InlineBackend(config.resources.resolved_device, stop)
     try:
         from dbtrain.orchestration.ray_backend import RayBackend

@@ -22,6 +22,7 @@ from dbtrain.errors import CorruptData, UserError
 from dbtrain.models import Batch, Draw, family_of
 from dbtrain.randomness import derive_key, generator, step_key
 from dbtrain.run_directory import RunDirectory
+from dbtrain.training.averaging import StemAverager
 from dbtrain.training.checkpoint import CheckpointStore, Snapshot
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
@@ -33,6 +34,7 @@ from dbtrain.training.optimisation import (
 )
 from dbtrain.training.planner import build_module, check_plan, origin
 from dbtrain.training.seat import Seat
+from dbtrain.training.stem import averages_stems
 
 MAX_CONSECUTIVE_SKIPS = 20
 """Optimiser steps in a row that may be skipped for a non-finite gradient before the block gives up."""
@@ -122,6 +124,10 @@ class BlockTrainer:
         self._store = CheckpointStore(self._directory, attempt, config.checkpoints.keep)
         self._saved_step = 0
         self._loss_sum = torch.zeros((), device=self.device)
+        self._stems: StemAverager | None = None
+        if averages_stems(config, plan.kind):
+            assert self.seat.meeting is not None, "a backend without a meeting place refuses averaged stems"
+            self._stems = StemAverager(config.blocks, index, attempt, self.seat.meeting, self.module)
         self._restore()
 
     def request_stop(self) -> None:
@@ -143,6 +149,8 @@ class BlockTrainer:
         loss = rate = float("nan")
         while self.step < end and not self._stop:
             grad_norm = self._train_step()
+            if self._stems is not None:
+                self._stems.after_step(self.step, end, total, lambda: self._stop)
             telling = self.step % self.config.logging.every == 0 or self.step == total
             if telling:
                 loss = float(self._loss_sum) / (self.step - since)
@@ -274,6 +282,7 @@ class BlockTrainer:
                 "samples_per_second": rate,
                 "skipped": int(self._skipped),
                 "attempt": self.attempt,
+                **({} if self._stems is None else self._stems.report()),
             }
         )
 
