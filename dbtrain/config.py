@@ -338,8 +338,8 @@ class RunConfig(Section):
             raise ValueError("blocks.stem 'averaged' needs more than the one block of blocks.count 1; use 'private'")
         if self.resources.replicas > 1:
             raise ValueError(
-                f"blocks.stem 'averaged' has one worker a block: set resources.replicas {self.resources.replicas} to 1, "
-                "or use 'private'"
+                f"blocks.stem 'averaged' has one worker a block: set resources.replicas {self.resources.replicas} to 1,"
+                " or use 'private'"
             )
         if blocks.average_every >= self.training.steps:
             raise ValueError(
