@@ -29,7 +29,8 @@ from dbtrain.training.meeting import choose_interface, join, live_blocks
 from dbtrain.training.stem import stem_of
 
 _KEY = "stems"
-_POLL_SECONDS = 0.02
+_FIRST_POLL, _LAST_POLL = 0.001, 0.05
+"""Seconds between two looks at the ledger: blocks of equal speed come within milliseconds, a straggler in seconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class _Delegate:
             if _swap(store, text, ledger.with_arrival(self._index, arrival)):
                 break
         self.meeting = ledger.meeting
-        deadline = time.monotonic() + self._patience
+        deadline, pause = time.monotonic() + self._patience, _FIRST_POLL
         while True:
             text, ledger = self._read(store)
             if ledger.meeting != self.meeting:
@@ -151,7 +152,8 @@ class _Delegate:
             elif ledger.complete(live) or time.monotonic() >= deadline:
                 _swap(store, text, ledger.closed(live))
             else:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(1.5 * pause, _LAST_POLL)
 
     def _sum(self, store: Store, stem: Tensor, decision: Decision) -> None:
         deadline = time.monotonic() + self._patience
@@ -172,8 +174,13 @@ class _Delegate:
     def _read(self, store: Store) -> tuple[str, Ledger]:
         if self.abandoned:
             raise TimeoutError("nobody waits any more")
-        text = store.compare_set(_KEY, "", NO_MEETING_YET.to_json()).decode()  # begins it where nobody has
-        return text, Ledger.from_json(text)
+        return read_ledger(store)
+
+
+def read_ledger(store: Store) -> tuple[str, Ledger]:
+    """The ledger in the store, as it stands there and as a value."""
+    text = store.compare_set(_KEY, "", NO_MEETING_YET.to_json()).decode()  # begins it where nobody has
+    return text, Ledger.from_json(text)
 
 
 def _swap(store: Store, before: str, after: Ledger) -> bool:
