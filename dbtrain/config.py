@@ -346,6 +346,11 @@ class RunConfig(Section):
                 f"blocks.average_every {blocks.average_every} has to be below training.steps {self.training.steps}: "
                 "no averaging follows the last step"
             )
+        if 2 * blocks.average_patience >= self.resources.step_timeout:
+            raise ValueError(
+                f"blocks.average_patience {blocks.average_patience:g} has to be below half of resources.step_timeout "
+                f"{self.resources.step_timeout:g}: a block that waits makes no step, and counts as hung in the end"
+            )
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the trained bytes, as plain data.

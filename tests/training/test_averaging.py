@@ -91,8 +91,8 @@ def test_a_killed_block_is_skipped_and_joins_again(small_config: SmallConfig, tm
     fleet.wait(95, 0, 2)
     assert checkpoint_steps(run.block(1))[-1] == 20
     fleet.start(1)
-    fleet.allow(25, 1)
-    fleet.wait(25, 1)  # it is up, and on its way to step 30
+    fleet.allow(30, 1)
+    fleet.wait_arrivals(1)
     fleet.run_to_end()
 
     def schedule(start: int, numbers: range, blocks: list[int]) -> list[dict[str, Any]]:
@@ -115,12 +115,15 @@ def test_a_stopped_process_costs_the_patience_once(small_config: SmallConfig, tm
     run = start_run(_averaged(small_config, steps=10 * late + 100, every=10, average_patience=patience), tmp_path)
     fleet = workers(run)
     fleet.start(0, 1, 2)
-    fleet.allow(15, 0, 1, 2)
-    fleet.wait(15, 0, 1, 2)
+    for step in (5, 15):  # all are up before any of them waits for the others
+        fleet.allow(step, 0, 1, 2)
+        fleet.wait(step, 0, 1, 2)
     fleet.signal(1, signal.SIGSTOP)
     fleet.allow(10 * late + 5, 0, 2)
     fleet.wait(10 * late + 5, 0, 2)
     fleet.signal(1, signal.SIGCONT)
+    fleet.allow(20, 1)
+    fleet.wait_arrivals(1)
     fleet.run_to_end()
     for block in (0, 2):
         told = meetings(run, block)
@@ -134,11 +137,12 @@ def test_a_stopped_process_costs_the_patience_once(small_config: SmallConfig, tm
 def test_a_member_killed_while_stems_are_summed_leaves_the_others_their_own(
     small_config: SmallConfig, tmp_path: Path, workers: Fleet
 ) -> None:
-    run = start_run(_averaged(small_config, steps=60, every=10, average_patience=5.0), tmp_path)
+    run = start_run(_averaged(small_config, steps=60, every=10, average_patience=10.0), tmp_path)
     fleet = workers(run)
     fleet.start(0, 1, 2)
+    fleet.allow(5, 0, 1, 2)
+    fleet.wait(5, 0, 1, 2)
     fleet.allow(10, 0, 1)
-    fleet.wait(0, 2)
     # Two wait in meeting 0 for the third; one of them is stopped there, so that the sum cannot be had.
     fleet.wait_arrivals(0, 1)
     fleet.signal(1, signal.SIGSTOP)

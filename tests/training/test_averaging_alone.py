@@ -122,7 +122,13 @@ def test_a_late_block_goes_to_the_next_meeting(place: MeetingPlace) -> None:
     hasty.meet(10)
     assert (hasty.stem.item(), hasty.told()) == (1.0, [[0]])
     a, b = Block(place, 0, 1.0), Block(place, 1, 3.0)
-    _together(lambda: a.meet(20), lambda: b.meet(10))
+
+    def meet_after_b() -> None:
+        while 1 not in read_ledger(place.store)[1].arrived:
+            time.sleep(0.01)
+        a.meet(20)
+
+    _together(meet_after_b, lambda: b.meet(10))
     assert (a.stem.item(), b.stem.item()) == (2.0, 2.0)
     assert b.averager.report() == {"meetings": [{"meeting": 1, "step": 10, "blocks": [0, 1]}]}
 
@@ -155,7 +161,7 @@ def test_a_store_that_is_gone_costs_a_meeting_and_no_more() -> None:
     place = MeetingPlace("127.0.0.1")
     place.tell_live({0: 1})
     port = place.store.port
-    a = Block(place, 0, 1.0, patience=1.0)
+    a = Block(place, 0, 1.0, patience=2.0)
     a.meet(10)
     assert a.told() == [[0]]
     del place
@@ -171,7 +177,7 @@ def test_a_store_that_is_gone_costs_a_meeting_and_no_more() -> None:
 def test_a_network_that_swallows_all_costs_a_meeting_and_no_more(place: MeetingPlace) -> None:
     place.tell_live({0: 1})
     with _Wire(place.store.port) as wire:
-        a = Block(wire, 0, 1.0, patience=1.0)
+        a = Block(wire, 0, 1.0, patience=2.0)
         a.meet(10)
         assert a.told() == [[0]]
         wire.cut.set()

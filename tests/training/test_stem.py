@@ -85,6 +85,10 @@ def test_blocks_that_train_one_after_the_other_cannot_average(small_config: Smal
             {"blocks": {"stem": "averaged", "average_every": 60}},
             ["blocks.average_every 60", "below training.steps 60", "no averaging follows"],
         ),
+        (
+            {"blocks": {"stem": "averaged"}, "resources": {"step_timeout": 100.0}},
+            ["blocks.average_patience 60", "half of resources.step_timeout 100"],
+        ),
     ],
 )
 def test_configurations_that_cannot_average(
