@@ -1,9 +1,10 @@
-"""What private stems cost: the same blocks with stems that are averaged every few steps, which needs communication.
+"""What private stems cost: the same blocks with stems that are averaged every few steps, in one process.
 
     python benchmarks/averaged_stems.py configs/demo/causal_lm.yaml --every 25 --seeds 0 1 2 --runs runs/averaged
 
 All blocks train in this one process, in turns of --every steps; after each turn the parameters outside the layers
-(embedding, noise embedding, final norm, head) are set to their mean over the blocks. An experiment: it does not resume.
+(embedding, noise embedding, final norm, head) are set to their mean over the blocks. It does not resume, and needs
+neither Ray nor a network; `blocks.stem=averaged` is the same between workers (docs/averaged-stems.md).
 """
 
 from __future__ import annotations
@@ -22,16 +23,14 @@ from dbtrain.data.prepare import ensure_prepared
 from dbtrain.inference.runs import evaluation_of
 from dbtrain.run_directory import RunDirectory
 from dbtrain.training.planner import make_plan
+from dbtrain.training.stem import stem_of
 from dbtrain.training.trainer import BlockTrainer
 
 
 @torch.no_grad()
 def average_stems(trainers: Sequence[BlockTrainer]) -> None:
     """Set what is outside the layers to its mean over the blocks."""
-    stems = [
-        {name: value for name, value in trainer.module.named_parameters() if not name.startswith("layers.")}
-        for trainer in trainers
-    ]
+    stems = [stem_of(trainer.module) for trainer in trainers]
     for name in stems[0]:
         mean = torch.stack([stem[name] for stem in stems]).mean(dim=0)
         for stem in stems:

@@ -52,7 +52,8 @@ class BlocksConfig(Section):
     """Training range of a block is widened by this part of its log-width on both sides (the paper's gamma)."""
     stem: Literal["private", "averaged"] = "private"
     """What is outside a block's layers (embeddings, final norm, head): its own, or set to the mean over the blocks that
-    train at the moment, every `average_every` steps. Averaging needs a network between workers."""
+    train at the moment, every `average_every` steps. Averaging needs a network between workers, and bytes then depend
+    on which blocks trained at the same time."""
     average_every: int = Field(25, ge=1)
     """Steps between two averagings."""
     average_patience: float = Field(60.0, gt=0.0)
@@ -283,6 +284,8 @@ class RunConfig(Section):
                 f"resources.replicas {self.resources.replicas} times training.accumulate {self.training.accumulate} "
                 f"has to divide training.batch_size {self.training.batch_size}"
             )
+        if self.blocks.stem == "averaged":
+            self._check_averaging()
         if self.schedule.warmup_steps > self.training.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than training.steps {self.training.steps}"
@@ -290,6 +293,26 @@ class RunConfig(Section):
         if self.schedule.min_lr > self.optimiser.lr:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimiser.lr {self.optimiser.lr}")
         return self
+
+    def _check_averaging(self) -> None:
+        blocks = self.blocks
+        if blocks.count == 1:
+            raise ValueError("blocks.stem 'averaged' needs more than the one block of blocks.count 1; use 'private'")
+        if self.resources.replicas > 1:
+            raise ValueError(
+                f"blocks.stem 'averaged' has one worker a block: set resources.replicas {self.resources.replicas} to 1,"
+                " or use 'private'"
+            )
+        if blocks.average_every >= self.training.steps:
+            raise ValueError(
+                f"blocks.average_every {blocks.average_every} has to be below training.steps {self.training.steps}: "
+                "no averaging follows the last step"
+            )
+        if 2 * blocks.average_patience >= self.resources.step_timeout:
+            raise ValueError(
+                f"blocks.average_patience {blocks.average_patience:g} has to be below half of resources.step_timeout "
+                f"{self.resources.step_timeout:g}: a block that waits makes no step, and counts as hung in the end"
+            )
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the trained bytes, as plain data.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from dbtrain.orchestration.placement import check_room, room
 from dbtrain.orchestration.ray_cluster import connect, ray
 from dbtrain.orchestration.ray_group import WorkerGroup
 from dbtrain.orchestration.ray_worker import BlockWorker
-from dbtrain.training.meeting import LIVE_BLOCKS, MeetingPlace
+from dbtrain.training.meeting import MeetingPlace
 from dbtrain.training.seat import Seat
 
 _ENOUGH = 1_000_000  # workers on one node, where nothing that they ask for limits their number
@@ -147,6 +146,6 @@ class RayBackend:
         return self._meeting.address
 
     def _tell_who_lives(self) -> None:
-        """Keep the list of blocks for which others may wait."""
+        """Keep the list of workers for whom others may wait."""
         if self._meeting is not None:
-            self._meeting.store.set(LIVE_BLOCKS, json.dumps(sorted(self._groups)))
+            self._meeting.tell_live({block: group.attempt for block, group in self._groups.items()})

@@ -26,6 +26,7 @@ from dbtrain.run_directory import PLAN, RunDirectory, check_vacant
 from dbtrain.storage import Storage
 from dbtrain.training.checkpoint import checkpoint_steps, read_weights
 from dbtrain.training.planner import make_plan
+from dbtrain.training.stem import check_backend_meets
 
 BackendName = Literal["inline", "ray"]
 
@@ -147,6 +148,7 @@ def _open_backend(name: BackendName, config: RunConfig, plan: Plan, address: str
         check_gpus(config.resources)
         if config.resources.replicas > 1:
             _log.warning("resources.replicas is ignored: the inline backend trains a block with one worker")
+        check_backend_meets(config, plan.kind)
         return InlineBackend(config.resources.resolved_device, stop)
     try:
         from dbtrain.orchestration.ray_backend import RayBackend

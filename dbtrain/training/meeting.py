@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import socket
 import struct
+from collections.abc import Mapping
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store, TCPStore  # public as torch.distributed.TCPStore, but not to mypy
 
-LIVE_BLOCKS = "live"
-"""Key under which the store holds the numbers of the blocks that have workers, as a JSON list."""
+_LIVE = "live"
 
 _SIOCGIFADDR = 0x8915
 
@@ -29,12 +30,22 @@ class MeetingPlace:
         self.store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.address = f"{host}:{self.store.port}"
         """What `join` takes."""
+        self.tell_live({})
+
+    def tell_live(self, attempts: Mapping[int, int]) -> None:
+        """Keep the list of workers for whom others may wait: starting or running blocks, with their attempt."""
+        self.store.set(_LIVE, json.dumps(list(attempts.items())))
 
 
 def join(address: str, timeout: float) -> Store:
     """The store at host:port; waiting for a key there ends after `timeout` seconds."""
     host, _, port = address.rpartition(":")
     return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
+
+
+def live_blocks(store: Store) -> dict[int, int]:
+    """The attempt at each block that has a worker, as the driver has last told."""
+    return dict(json.loads(store.get(_LIVE)))
 
 
 def choose_interface(host: str) -> None:

@@ -35,6 +35,7 @@ class MetricsLog:
         samples_per_second: float,
         skipped: int,
         checkpoint_step: int,
+        stem: Mapping[str, Any],
     ) -> None:
         """A line of measurements after `step` finished steps, `samples` samples.
 
@@ -45,6 +46,7 @@ class MetricsLog:
             samples_per_second: since the line before.
             skipped: steps in a row, up to this one, that changed nothing because values were infinite or NaN.
             checkpoint_step: newest durable step at this time: what a death would cost is counted from there.
+            stem: what there is to say of an averaged stem, by name.
 
         Raises:
             StaleAttempt: a newer attempt owns the block; nothing was written.
@@ -62,6 +64,7 @@ class MetricsLog:
                 "skipped": skipped,
                 "checkpoint_step": checkpoint_step,
                 "attempt": self._attempt,
+                **stem,
             }
         )
 

@@ -20,16 +20,24 @@ from dbtrain.diffusion.codebook import digest
 from dbtrain.errors import CorruptData
 from dbtrain.models import Family, Piece, TrainableModule, family_of
 from dbtrain.plan import BlockPlan, Bytes, DatasetFacts, Kind, NoiseRange, Plan
+from dbtrain.training.stem import averages_stems, check_same_stems
 
 
 def make_plan(config: RunConfig, kind: Kind = "blocks", data: DatasetFacts | None = None) -> Plan:
-    """The plan of `config`: block-wise, or of its end-to-end baseline (one block that owns every layer)."""
+    """The plan of `config`: block-wise, or of its end-to-end baseline (one block that owns every layer).
+
+    Raises:
+        UserError: the family cannot cut or start it so, or its blocks have no stems that could be averaged.
+    """
     family = family_of(config)
     family.check_start(config)
     codebook = family.codebook(config) if kind == "blocks" else None
+    pieces = _cut(config, kind)
+    if averages_stems(config, kind):
+        check_same_stems([build_on_meta(family, config, p.layers, p.trained, codebook) for p in pieces])
     blocks = []
     measured: dict[int, tuple[int, Bytes, int]] = {}  # by number of layers: the noise range changes no size
-    for index, piece in enumerate(_cut(config, kind)):
+    for index, piece in enumerate(pieces):
         size = piece.layers[1] - piece.layers[0]
         if size not in measured:
             measured[size] = _measure(family, config, piece, codebook)

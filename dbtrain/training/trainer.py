@@ -23,6 +23,7 @@ from dbtrain.errors import CorruptData, NoRoom, UserError
 from dbtrain.models import Batch, Draw, family_of
 from dbtrain.randomness import derive_key, generator, step_key
 from dbtrain.run_directory import RunDirectory
+from dbtrain.training.averaging import StemAverager
 from dbtrain.training.checkpoint import CheckpointStore, Snapshot
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
@@ -39,6 +40,7 @@ from dbtrain.training.progress import Progress
 from dbtrain.training.rollback import NonFiniteError, Rollbacks, StepGuard, check_weights
 from dbtrain.training.room import Room
 from dbtrain.training.seat import Seat
+from dbtrain.training.stem import averages_stems
 
 _LOOK = 0.25  # seconds between two reports of a trainer that waits for room
 
@@ -102,6 +104,10 @@ class BlockTrainer:
         self._metrics = MetricsLog(self._directory, attempt)
         self._saved_step = 0
         self._loss_sum = torch.zeros((), device=self.device)
+        self._stems: StemAverager | None = None
+        if averages_stems(config, plan.kind):
+            assert self.seat.meeting is not None, "a backend without a meeting place refuses averaged stems"
+            self._stems = StemAverager(config.blocks, index, attempt, self.seat.meeting, self.module)
         self._restore()
 
     def request_stop(self) -> None:
@@ -143,6 +149,8 @@ class BlockTrainer:
             self._in_step = True
             grad_norm = self._train_step()
             self._in_step = False
+            if self._stems is not None:
+                self._stems.after_step(self.step, end, total, lambda: self._stop)
             telling = self.step % self.config.logging.every == 0 or self.step == total
             if telling:
                 loss = float(self._loss_sum) / (self.step - since)
@@ -323,6 +331,7 @@ class BlockTrainer:
             samples_per_second=rate,
             skipped=self._guard.skipped,
             checkpoint_step=self._store.durable_step,
+            stem={} if self._stems is None else self._stems.report(),
         )
 
     def _progress(self, loss: float, rate: float, *, durable: bool = False) -> Progress:

@@ -83,6 +83,14 @@ def test_the_end_to_end_baseline_is_a_run_of_one_block(tmp_path: Path, make_conf
     assert len(train_run(make_config(), tmp_path, kind="end_to_end").blocks) == 1
 
 
+def test_averaged_stems_need_blocks_that_train_at_the_same_time(tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config(blocks={"stem": "averaged", "average_every": 5})
+    with pytest.raises(UserError, match=r"blocks\.stem = 'averaged'.*--backend ray"):
+        train_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train_run(config, tmp_path / "run", kind="end_to_end").ok
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path, make_config: MakeConfig) -> None:
     train_run(make_config(), tmp_path)
     events = RunDirectory.open(tmp_path).events()
