@@ -13,8 +13,10 @@ from dbtrain.orchestration.placement import check_room, room
 from dbtrain.orchestration.ray_cluster import connect, ray
 from dbtrain.orchestration.ray_group import WorkerGroup
 from dbtrain.orchestration.ray_worker import BlockWorker
+from dbtrain.plan import Plan
 from dbtrain.training.meeting import MeetingPlace
 from dbtrain.training.seat import Seat
+from dbtrain.training.stem import averages_stems
 
 _ENOUGH = 1_000_000  # workers on one node, where nothing that they ask for limits their number
 
@@ -30,15 +32,15 @@ class RayBackend:
     name = "ray"
     replicates = True
 
-    def __init__(self, config: RunConfig, threads: int, address: str | None = None, clock: Clock = time.monotonic):
+    def __init__(self, config: RunConfig, plan: Plan, address: str | None = None, clock: Clock = time.monotonic):
         """Connects, and checks that a worker fits.
 
         Raises:
             UserError: no cluster at the address, or not the room that one block asks for.
         """
+        self._config = config
         self._resources = config.resources
-        self._stems_meet = config.blocks.stem == "averaged"
-        self._threads = threads
+        self._plan = plan
         self._clock = clock
         self._run_uri: str | None = None
         self._groups: dict[int, WorkerGroup] = {}
@@ -72,10 +74,12 @@ class RayBackend:
     def start(self, order: StartWorker) -> None:
         """Ask Ray for the actors of a block."""
         assert self._run_uri is not None, "attach comes first"
-        meeting = self._meeting_address() if order.replicas > 1 or self._stems_meet else None
+        meeting = (
+            self._meeting_address() if order.replicas > 1 or averages_stems(self._config, self._plan.kind) else None
+        )
         actor = _Actor.options(**self._options(order.avoid))
         seats = [Seat(replica, order.replicas, meeting, order.until) for replica in range(order.replicas)]
-        actors = [actor.remote(self._run_uri, order.block, order.attempt, self._threads, seat) for seat in seats]
+        actors = [actor.remote(self._run_uri, order.block, order.attempt, self._plan.threads, seat) for seat in seats]
         device = self._resources.resolved_device
         self._groups[order.block] = WorkerGroup(order.block, order.attempt, device, actors, self._clock)
         self._tell_who_lives()

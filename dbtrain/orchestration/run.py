@@ -158,7 +158,7 @@ def _open_backend(name: BackendName, config: RunConfig, plan: Plan, address: str
         mend = "install 'ray[default]', or use --backend inline"
         raise UserError("Ray is not installed here", field="--backend", value=name, mend=mend) from None
 
-    return RayBackend(config, plan.threads, address)
+    return RayBackend(config, plan, address)
 
 
 def _policy(resources: ResourcesConfig) -> Policy:
