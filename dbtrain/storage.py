@@ -172,9 +172,14 @@ class LocalStorage(Storage):
                 else:
                     torn = False
                 data = (b"\n" if torn else b"") + text.encode() + b"\n"
-                # A short write means that the device is full; the next write says so.
-                while data:
-                    data = data[file.write(data) :]
+                try:
+                    # A short write means that the device is full; the next write says so.
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        file.truncate(end)  # whoever tries again writes the whole line
+                    raise
 
     def exists(self, rel: str) -> bool:
         return (self._root / rel).exists()
@@ -187,11 +192,8 @@ class LocalStorage(Storage):
 
     def remove_tree(self, rel: str) -> None:
         path = self._root / rel
-        with _write_errors(path), contextlib.suppress(FileNotFoundError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        with _write_errors(path):
+            _remove(path)
 
     def sub(self, rel: str) -> LocalStorage:
         return LocalStorage(self._root / rel)
@@ -204,8 +206,7 @@ class LocalStorage(Storage):
             sync_folder(source)
         with _write_errors(target), _one_at_a_time(target.parent):
             if target.exists():
-                if aside.exists():
-                    shutil.rmtree(aside)
+                _remove(aside)
                 target.rename(aside)
             try:
                 source.rename(target)
@@ -214,8 +215,7 @@ class LocalStorage(Storage):
                     aside.rename(target)
                 raise
             sync_folder(target.parent)
-            if aside.exists():
-                shutil.rmtree(aside)
+            _remove(aside)
 
 
 class ArrowStorage(Storage):
@@ -317,6 +317,15 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     sync_folder(path.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all it holds, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sync_folder(path: Path) -> None:
