@@ -204,9 +204,14 @@ class LocalStorage(Storage):
                 else:
                     torn = False
                 data = (b"\n" if torn else b"") + text.encode() + b"\n"
-                # A short write means that the device is full; the next write says so.
-                while data:
-                    data = data[file.write(data) :]
+                try:
+                    # A short write means that the device is full; the next write says so.
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        file.truncate(end)  # whoever tries again writes the whole line
+                    raise
 
     def exists(self, rel: str) -> bool:
         try:
@@ -225,11 +230,8 @@ class LocalStorage(Storage):
 
     def remove_tree(self, rel: str) -> None:
         path = self._root / rel
-        with _write_errors(path), contextlib.suppress(FileNotFoundError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        with _write_errors(path):
+            _remove(path)
 
     def sub(self, rel: str) -> LocalStorage:
         return LocalStorage(self._root / rel)
@@ -242,8 +244,7 @@ class LocalStorage(Storage):
             sync_folder(source)
         with _write_errors(target), _one_at_a_time(target.parent):
             if target.exists():
-                if aside.exists():
-                    shutil.rmtree(aside)
+                _remove(aside)
                 target.rename(aside)
             try:
                 source.rename(target)
@@ -252,8 +253,7 @@ class LocalStorage(Storage):
                     aside.rename(target)
                 raise
             sync_folder(target.parent)
-            if aside.exists():
-                shutil.rmtree(aside)
+            _remove(aside)
 
     def _open_file(self, rel: str) -> BinaryIO:
         return (self._root / rel).open("rb")
@@ -370,6 +370,15 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     sync_folder(path.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all it holds, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sync_folder(path: Path) -> None:

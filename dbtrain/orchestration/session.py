@@ -70,9 +70,9 @@ class BlockSession:
     def progress(self) -> Progress | None:
         """The newest report, with the step and the trouble of this moment; None before the block is built."""
         trainer, latest = self._trainer, self._latest
-        return (
-            None if trainer is None or latest is None else replace(latest, step=trainer.step, trouble=trainer.trouble)
-        )
+        if trainer is None or latest is None:
+            return None
+        return replace(latest, step=trainer.step, trouble=trainer.trouble)
 
     def advance(self) -> Progress | Outcome:
         """Train up to the next report. An Outcome is the last; what the trainer raises becomes one."""

@@ -133,14 +133,15 @@ class CheckpointStore:
         """Load the newest intact checkpoint up to step `well_until`, and remove those after it; None if there is none.
 
         Only regular checkpoints count, and of them the newest `keep`: so the choice depends on no stop and no death.
-        If all of them are later, the oldest is taken: it was saved while training stood still.
+        Later ones come after those, oldest first: they were saved while training stood still.
         Warns of each damaged one on the way to it.
 
         Raises:
             StaleAttempt: a newer attempt owns the block; nothing was changed.
         """
         regular = [step for step in self.steps() if self._regular(step)][-self._keep :]
-        snapshot = self._first_intact([step for step in reversed(regular) if step <= well_until] or regular[:1])
+        earlier = [step for step in reversed(regular) if step <= well_until]
+        snapshot = self._first_intact([*earlier, *(step for step in regular if step > well_until)])
         self._check_fence()
         for step in reversed(checkpoint_steps(self._block)):
             # The newest first: whatever is left if this process dies here is the history of one training.

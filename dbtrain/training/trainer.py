@@ -22,7 +22,7 @@ from dbtrain.data.shards import ShardSet
 from dbtrain.errors import CorruptData, NoRoom, UserError
 from dbtrain.models import Batch, Draw, family_of
 from dbtrain.randomness import derive_key, generator, step_key
-from dbtrain.run_directory import RunDirectory
+from dbtrain.run_directory import RunDirectory, StaleAttempt
 from dbtrain.training.averaging import StemAverager
 from dbtrain.training.checkpoint import CheckpointStore, Snapshot
 from dbtrain.training.device import prepare_device
@@ -179,9 +179,13 @@ class BlockTrainer:
         yield self._progress(loss, rate, durable=True)
 
     def close(self) -> None:
-        """Wait for the checkpoint being written, if any; not for room."""
+        """Wait for the checkpoint being written, if any, but not for room; raises what went wrong with it.
+
+        That the block belongs to a newer attempt is nothing wrong here.
+        """
         self._room.give_up()
-        self._store.close()
+        with suppress(StaleAttempt):
+            self._store.close()
 
     @property
     def _cursor(self) -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -169,18 +169,6 @@ def test_a_folder_that_is_a_file_is_named(block: BlockDirectory, open_store: Ope
     with pytest.raises(UserError, match=r"cannot write .*checkpoints"):
         store.close()
     assert block.storage.list() == ["checkpoints"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of its own, of 256 KiB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(where)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield where
-    subprocess.run(["umount", str(where)], check=True)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path, open_store: Opener) -> None:

@@ -1,4 +1,4 @@
-"""NaN and infinity: one bad batch is passed over, and what does not get better ends the block without a bad save."""
+"""NaN and infinity, without roll-backs: one bad batch is passed over, and what does not get better ends the block."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dbtrain.training.rollback import MAX_CONSECUTIVE_SKIPS, NonFiniteError
 from dbtrain.training.trainer import BlockTrainer
 
 SmallConfig = Callable[..., RunConfig]
+LASTING = {"steps": 60, "max_rollbacks": 0}
 
 
 class _Poisoned(BlockTrainer):
@@ -91,7 +92,7 @@ def test_metrics_stay_json(small_config: SmallConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("logging", [1, 7, 1000])
 def test_too_many_in_a_row(small_config: SmallConfig, tmp_path: Path, logging: int) -> None:
-    config = small_config(training={"steps": 60}, checkpoints={"every": 10}, logging={"every": logging})
+    config = small_config(training=LASTING, checkpoints={"every": 10}, logging={"every": logging})
     run = start_run(config, tmp_path)
     # The last steps are good again: whether a block gives up must not depend on when somebody looks.
     with pytest.raises(NonFiniteError, match=r"block 0: .*optimiser\.lr"):
@@ -110,7 +111,7 @@ def test_one_fewer_is_passed_over(small_config: SmallConfig, tmp_path: Path) -> 
 
 
 def test_counting_goes_on_after_a_restart(small_config: SmallConfig, tmp_path: Path) -> None:
-    run = start_run(small_config(training={"steps": 60}, checkpoints={"every": 10}), tmp_path)
+    run = start_run(small_config(training=LASTING, checkpoints={"every": 10}), tmp_path)
     bad = range(15, 200)
     with closing(_Poisoned(run, 0, attempt=1)) as trainer:
         trainer.bad = bad
@@ -125,14 +126,15 @@ def test_counting_goes_on_after_a_restart(small_config: SmallConfig, tmp_path: P
 
 
 def test_a_run_that_ends_badly_is_not_finished(small_config: SmallConfig, tmp_path: Path) -> None:
-    run = start_run(small_config(training={"steps": 30}, checkpoints={"every": 100}), tmp_path)
+    run = start_run(small_config(training=LASTING | {"steps": 30}, checkpoints={"every": 100}), tmp_path)
     with pytest.raises(NonFiniteError):
         _train(run, range(5, 30))
     assert checkpoint_steps(run.block(0)) == []
 
 
 def test_a_damaged_weight_is_not_saved(small_config: SmallConfig, tmp_path: Path) -> None:
-    run = start_run(small_config(training={"steps": 30}, checkpoints={"every": 10}, logging={"every": 3}), tmp_path)
+    training = LASTING | {"steps": 30}
+    run = start_run(small_config(training=training, checkpoints={"every": 10}, logging={"every": 3}), tmp_path)
     with closing(BlockTrainer(run, 0, attempt=1)) as trainer:
         reports = trainer.train()
         while next(reports).step < 12:
