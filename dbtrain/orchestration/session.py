@@ -20,6 +20,7 @@ from dbtrain.orchestration.events import (
 )
 from dbtrain.run_directory import RunDirectory
 from dbtrain.training.seat import Seat
+from dbtrain.training.team import has_lost_others
 from dbtrain.training.trainer import BlockTrainer, Progress
 
 
@@ -73,7 +74,8 @@ class BlockSession:
         except Exception as error:
             # The border of the worker: a bug or a user's mistake is told to the driver, which decides what
             # follows.
-            outcome = Outcome("error", self._step(), reason_of(error), traceback_of(error))
+            kind: Literal["lost", "error"] = "lost" if has_lost_others(error, self._seat) else "error"
+            outcome = Outcome(kind, self._step(), reason_of(error), traceback_of(error))
             self.close()
             return outcome
 

@@ -22,7 +22,7 @@ from dbtrain.errors import CorruptData, UserError
 from dbtrain.models import Batch, Draw, family_of
 from dbtrain.randomness import derive_key, generator, step_key
 from dbtrain.run_directory import RunDirectory
-from dbtrain.training.checkpoint import CheckpointStore, Snapshot
+from dbtrain.training.checkpoint import Snapshot
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
 from dbtrain.training.optimisation import (
@@ -33,6 +33,7 @@ from dbtrain.training.optimisation import (
 )
 from dbtrain.training.planner import build_module, check_plan, origin
 from dbtrain.training.seat import Seat
+from dbtrain.training.team import make_team
 
 MAX_CONSECUTIVE_SKIPS = 20
 """Optimiser steps in a row that may be skipped for a non-finite gradient before the block gives up."""
@@ -74,6 +75,7 @@ class BlockTrainer:
 
         Raises:
             StaleAttempt: a newer attempt has claimed the block.
+            RuntimeError: other replicas did not come or left, see `has_lost_others`.
             UserError: the shards are gone or others than the plan's, or the device is not there.
             CorruptData: all checkpoints are damaged, or plan, configuration and checkpoints do not belong together.
         """
@@ -81,8 +83,10 @@ class BlockTrainer:
         assert plan.data is not None, "a run directory's plan knows its data"
         self.config, self.plan, self.index, self.attempt = config, plan, index, attempt
         self.seat = Seat() if seat is None else seat
+        self._team = make_team(config, self.seat, index, attempt)
         self._directory = run.block(index)
-        self._directory.claim(attempt)
+        if self._team.leads:
+            self._directory.claim(attempt)
         self.device = prepare_device(config.resources.resolved_device)
 
         block = plan.blocks[index]
@@ -101,15 +105,16 @@ class BlockTrainer:
             torch.manual_seed(derive_key(config.seed, "init", plan.kind, index))
             module = build_module(family, config, block.layers, block.trained, codebook)
             family.start_from(config, block.layers, module)
-        self.module = module.to(self.device).train()
+        self.module = module.train()
         if config.training.compile:
             self.module.compile()
+        self._team.prepare(module, self.device)
         self.optimizer = make_optimizer(self.module, config.optimiser)
         self.ema = EMA(self.module, config.ema) if config.ema.half_life > 0 else None
 
         scaling = family.scaling(config, plan.data)
         transform = make_transform(config, plan.data, scaling, derive_key(config.seed, "augment", index))
-        order = SampleOrder(shards.rows, config.seed, index)
+        order = SampleOrder(shards.rows, config.seed, index, self.seat.replica, self.seat.replicas)
         self._loader = BatchLoader(shards, order, transform, plan.batch_size, self.device)
 
         # The end-to-end network may take fewer steps for as many layer-evaluations; its warm-up shrinks with them.
@@ -119,13 +124,16 @@ class BlockTrainer:
         self._skipped = torch.zeros((), device=self.device)  # consecutive non-finite steps
         self._most_skipped = torch.zeros((), device=self.device)
         self._stop = False
-        self._store = CheckpointStore(self._directory, attempt, config.checkpoints.keep)
+        self._store = self._team.checkpoints(self._directory, attempt, config.checkpoints.keep)
         self._saved_step = 0
         self._loss_sum = torch.zeros((), device=self.device)
         self._restore()
 
     def request_stop(self) -> None:
-        """Finish the step in hand, save, and leave `train`. May be called from another thread."""
+        """Finish the step in hand, save, and leave `train`. May be called from another thread.
+
+        Replicas leave together, when all have heard of what one of them was asked.
+        """
         self._stop = True
 
     def train(self) -> Iterator[Progress]:
@@ -133,6 +141,7 @@ class BlockTrainer:
 
         Raises:
             NonFiniteError: too many steps in a row had non-finite gradients; nothing is saved after them.
+            RuntimeError: other replicas left, see `has_lost_others`.
             StaleAttempt: a newer attempt took the block over.
             UserError: a checkpoint could not be written.
         """
@@ -141,11 +150,11 @@ class BlockTrainer:
         yield self._progress(float("nan"), 0.0)
         since, started = self.step, time.perf_counter()
         loss = rate = float("nan")
-        while self.step < end and not self._stop:
+        while self.step < end and not self._team.stop_agreed(self._stop):
             grad_norm = self._train_step()
             telling = self.step % self.config.logging.every == 0 or self.step == total
             if telling:
-                loss = float(self._loss_sum) / (self.step - since)
+                loss = self._team.mean(float(self._loss_sum)) / (self.step - since)
                 rate = (self.step - since) * self.plan.batch_size / (time.perf_counter() - started)
                 self._log(loss, rate, grad_norm)
                 self._check_finite()
@@ -158,11 +167,15 @@ class BlockTrainer:
         if self._saved_step != self.step:
             self._save()
         self._store.close()
+        self._team.meet()
         yield self._progress(loss, rate, durable=True)
 
     def close(self) -> None:
         """Wait for the checkpoint being written, if any."""
-        self._store.close()
+        try:
+            self._store.close()
+        finally:
+            self._team.close()
 
     def _train_step(self) -> Tensor:
         """One optimiser step; returns the gradients' norm, on the device."""
@@ -176,9 +189,9 @@ class BlockTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=False)
-        self._loss_sum += self._backward(batch, draw)
+        self._loss_sum += self._backward(batch, self._team.share(draw))
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads)
+        grad_norm = self._team.whole(torch.nn.utils.get_total_norm(grads))
         if config.optimiser.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), config.optimiser.clip_norm, grad_norm)
         # A fused optimiser skips its update where found_inf is 1: a guard without waiting for the device.
@@ -193,18 +206,21 @@ class BlockTrainer:
         return grad_norm
 
     def _backward(self, batch: Batch, draw: Draw) -> Tensor:
-        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the mean loss."""
+        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the mean loss of this worker's rows.
+        """
         parts = self.config.training.accumulate
-        size = self.plan.batch_size // parts
+        size = self.plan.batch_size // self.seat.replicas // parts
         bfloat16 = self.config.training.precision == "bfloat16"
         total = torch.zeros((), device=self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(step_key(self.config.seed, "dropout", block=self.index, step=self.step))
+            key = step_key(self.config.seed, "dropout", block=self.index, step=self.step, replica=self.seat.replica)
+            torch.manual_seed(key)
             for part in range(parts):
                 rows = slice(part * size, (part + 1) * size)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                    loss = self.module.training_loss(_rows(batch, rows), _rows(draw, rows)) / parts
-                loss.backward()  # type: ignore[no-untyped-call]
+                with self._team.part(last=part == parts - 1):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                        loss = self._team.loss(_rows(batch, rows), _rows(draw, rows)) / parts
+                    loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         return total
 
@@ -219,7 +235,7 @@ class BlockTrainer:
     def _save(self) -> None:
         """Snapshot to the CPU now, write in the background."""
         self._check_finite()
-        model = _cpu_copies(dict(self.module.named_parameters()))
+        model = self._cpu_copies(dict(self.module.named_parameters()))
         for name, value in model.items():
             if not value.isfinite().all():
                 raise NonFiniteError(
@@ -234,12 +250,15 @@ class BlockTrainer:
             Snapshot(
                 step=self.step,
                 model=model,
-                ema=None if self.ema is None else _cpu_copies(self.ema.tensors()),
-                optimizer=_cpu_copies(optimizer_tensors(self.module, self.optimizer)),
+                ema=None if self.ema is None else self._cpu_copies(self.ema.tensors()),
+                optimizer=self._cpu_copies(optimizer_tensors(self.module, self.optimizer)),
                 state=state,
             )
         )
         self._saved_step = self.step
+
+    def _cpu_copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._team.whole(value.detach()).to("cpu", copy=True) for name, value in tensors.items()}
 
     def _restore(self) -> None:
         snapshot = self._store.load_latest()
@@ -252,17 +271,20 @@ class BlockTrainer:
                 value=self._directory.checkpoints.uri,
                 mend="put back the block's own checkpoints, or remove that folder to train the block from its start",
             )
+        model = self._team.own(snapshot.model)
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
-                parameter.copy_(snapshot.model[name])
-        restore_optimizer(self.module, self.optimizer, snapshot.optimizer, self.device)
+                parameter.copy_(model[name])
+        restore_optimizer(self.module, self.optimizer, self._team.own(snapshot.optimizer), self.device)
         if self.ema is not None:
             assert snapshot.ema is not None
-            self.ema.restore(snapshot.ema)
+            self.ema.restore(self._team.own(snapshot.ema))
         self._skipped.fill_(float(snapshot.state["skipped"]))
         self.step = self._saved_step = snapshot.step
 
     def _log(self, loss: float, rate: float, grad_norm: Tensor) -> None:
+        if not self._team.leads:
+            return
         self._directory.log_metrics(
             {
                 "step": self.step,
@@ -292,7 +314,3 @@ class BlockTrainer:
 
 def _rows(tensors: Batch, rows: slice) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in tensors.items()}
-
-
-def _cpu_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
