@@ -22,7 +22,7 @@ def is_text(family: str) -> bool:
     return "length" in MODELS[family]
 
 
-def raw_config(family: str, data: object, **sections: dict[str, Any]) -> dict[str, Any]:
+def raw_config(family: str, data: object, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """Plain data of a run on the shards in the folder `data`; keyword arguments extend sections."""
     raw: dict[str, dict[str, Any]] = {
         "model": {"family": family, **MODELS[family]},

@@ -12,6 +12,7 @@ cached once for all noise levels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,9 @@ class LlamaLayer(nn.Module):
     Noisy tokens are modulated by a condition: shift and scale after each norm, a gate (1 + g) on what attention and MLP
     add. The projection that makes them starts at zero, so a noisy token starts as an ordinary one.
     """
+
+    called_in_training: ClassVar = ("two_streams",)
+    """Methods that stand in for the forward pass: what hooks into that, such as FSDP2, hooks into these too."""
 
     def __init__(self, model: LlamaConfig, *, condition: int | None):
         """`condition` is the size of the condition vector; None for a layer without a noisy stream."""

@@ -23,6 +23,7 @@ from dbtrain.training.memory import is_out_of_memory, oom_advice
 from dbtrain.training.progress import Progress
 from dbtrain.training.room import Room
 from dbtrain.training.seat import Seat
+from dbtrain.training.team import has_lost_others
 from dbtrain.training.trainer import BlockTrainer
 
 
@@ -86,7 +87,8 @@ class BlockSession:
             reason = reason_of(error)
             if self._run is not None and is_out_of_memory(error):
                 reason = oom_advice(self._run.config, self._run.plan, self._block)
-            outcome = Outcome("error", step, reason, traceback_of(error), rows)
+            kind: Literal["lost", "error"] = "lost" if has_lost_others(error, self._seat) else "error"
+            outcome = Outcome(kind, step, reason, traceback_of(error), rows)
             self.close()
             return outcome
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class EMA:
         """The averages by parameter name, without copies."""
         return dict(zip(self._names, self._averages, strict=True))
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` gave."""
         for name, average in zip(self._names, self._averages, strict=True):
             average.copy_(tensors[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def restore_optimizer(
-    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], device: torch.device
+    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], device: torch.device
 ) -> None:
     """Put back what `optimizer_tensors` gave, on `device`, in place of what the optimiser has."""
     optimizer.state.clear()

@@ -24,7 +24,7 @@ from dbtrain.models import Batch, Draw, family_of
 from dbtrain.randomness import derive_key, generator, step_key
 from dbtrain.run_directory import RunDirectory, StaleAttempt
 from dbtrain.training.averaging import StemAverager
-from dbtrain.training.checkpoint import CheckpointStore, Snapshot
+from dbtrain.training.checkpoint import Snapshot
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
 from dbtrain.training.initial import beginning, initial_module
@@ -41,6 +41,7 @@ from dbtrain.training.rollback import NonFiniteError, Rollbacks, StepGuard, chec
 from dbtrain.training.room import Room
 from dbtrain.training.seat import Seat
 from dbtrain.training.stem import averages_stems
+from dbtrain.training.team import make_team
 
 _LOOK = 0.25  # seconds between two reports of a trainer that waits for room
 
@@ -64,9 +65,11 @@ class BlockTrainer:
         assert plan.data is not None, "a run directory's plan knows its data"
         self.config, self.plan, self.index, self.attempt = config, plan, index, attempt
         self.seat = Seat() if seat is None else seat
+        self._team = make_team(config, self.seat, index, attempt)
         self._directory = run.block(index)
         self._room = Room() if room is None else room
-        self._room.write(lambda: self._directory.claim(attempt))
+        if self._team.leads:
+            self._room.write(lambda: self._directory.claim(attempt))
         self.device = prepare_device(config.resources.resolved_device)
 
         block = plan.blocks[index]
@@ -81,15 +84,16 @@ class BlockTrainer:
                 value=config.data.location,
                 mend="every machine has to see the same prepared data",
             )
-        self.module = initial_module(config, plan, index, codebook).to(self.device).train()
+        self.module = initial_module(config, plan, index, codebook).train()
         if config.training.compile:
             self.module.compile()
+        self._team.prepare(self.module, self.device)
         self.optimizer = make_optimizer(self.module, config.optimiser)
         self.ema = EMA(self.module, config.ema) if config.ema.half_life > 0 else None
 
         scaling = family.scaling(config, plan.data)
         transform = make_transform(config, plan.data, scaling, derive_key(config.seed, "augment", index))
-        self._order = SampleOrder(shards.rows, config.seed, index)
+        self._order = SampleOrder(shards.rows, config.seed, index, self.seat.replica, self.seat.replicas)
         self._loader = BatchLoader(shards, self._order, transform, plan.batch_size, self.device)
 
         # The end-to-end network may take fewer steps for as many layer-evaluations; its warm-up shrinks with them.
@@ -100,7 +104,9 @@ class BlockTrainer:
         self._rollbacks = Rollbacks()
         self._in_step = False
         self._stop = False
-        self._store = CheckpointStore(self._directory, attempt, config.checkpoints.keep, self._is_regular, self._room)
+        self._store = self._team.checkpoints(
+            self._directory, attempt, config.checkpoints.keep, self._is_regular, self._room
+        )
         self._metrics = MetricsLog(self._directory, attempt)
         self._saved_step = 0
         self._loss_sum = torch.zeros((), device=self.device)
@@ -113,7 +119,8 @@ class BlockTrainer:
     def request_stop(self) -> None:
         """Finish the step in hand, save, and leave `train`; what finds no room on a full disk is not saved.
 
-        May be called from another thread or a signal handler.
+        May be called from another thread or a signal handler. Replicas leave together, when all have heard of what one
+        of them was asked.
         """
         self._stop = True
         self._room.give_up()
@@ -137,6 +144,7 @@ class BlockTrainer:
         Raises:
             NonFiniteError: values became infinite or NaN, and `training.max_rollbacks` times of going back are used up;
                 nothing is saved after them.
+            RuntimeError: other replicas left, see `has_lost_others`.
             StaleAttempt: a newer attempt took the block over.
             UserError: a checkpoint could not be written.
         """
@@ -145,7 +153,10 @@ class BlockTrainer:
         yield self._progress(float("nan"), 0.0)
         since, started = self.step, time.perf_counter()
         loss = rate = float("nan")
-        while self.step < end and not self._stop:
+        while self.step < end:
+            if self._team.stop_agreed(self._stop):
+                self._stop = True  # whoever was asked
+                break
             self._in_step = True
             grad_norm = self._train_step()
             self._in_step = False
@@ -153,7 +164,7 @@ class BlockTrainer:
                 self._stems.after_step(self.step, end, total, lambda: self._stop)
             telling = self.step % self.config.logging.every == 0 or self.step == total
             if telling:
-                loss = float(self._loss_sum) / (self.step - since)
+                loss = self._team.mean(float(self._loss_sum)) / (self.step - since)
                 rate = (self.step - since) * self.plan.batch_size / (time.perf_counter() - started)
                 self._tell(loss, rate, grad_norm)
                 self._loss_sum.zero_()
@@ -176,6 +187,7 @@ class BlockTrainer:
                 yield self._progress(loss, rate)
         yield from self._wait_for_room(loss, rate)
         self._leave()
+        self._team.leave()
         yield self._progress(loss, rate, durable=True)
 
     def close(self) -> None:
@@ -231,9 +243,9 @@ class BlockTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=False)
-        self._loss_sum += self._backward(batch, draw)
+        self._loss_sum += self._backward(batch, self._team.share(draw))
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads)
+        grad_norm = self._team.whole(torch.nn.utils.get_total_norm(grads))
         if config.optimiser.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), config.optimiser.clip_norm, grad_norm)
         # A fused optimiser skips its update where found_inf is 1: a guard without waiting for the device.
@@ -245,25 +257,27 @@ class BlockTrainer:
         return grad_norm
 
     def _backward(self, batch: Batch, draw: Draw) -> Tensor:
-        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the mean loss."""
+        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the loss of this worker's rows."""
         parts = self.config.training.accumulate
-        size = self.plan.batch_size // parts
+        size = self.plan.batch_size // self.seat.replicas // parts
         bfloat16 = self.config.training.precision == "bfloat16"
         total = torch.zeros((), device=self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(step_key(self.config.seed, "dropout", block=self.index, step=self._cursor))
+            key = step_key(self.config.seed, "dropout", block=self.index, step=self._cursor, replica=self.seat.replica)
+            torch.manual_seed(key)
             for part in range(parts):
                 rows = slice(part * size, (part + 1) * size)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                    loss = self.module.training_loss(_rows(batch, rows), _rows(draw, rows)) / parts
-                loss.backward()  # type: ignore[no-untyped-call]
+                with self._team.part(last=part == parts - 1):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                        loss = self._team.loss(_rows(batch, rows), _rows(draw, rows)) / parts
+                    loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         return total
 
     def _save(self) -> None:
         """Snapshot to the CPU now, write in the background."""
         self._guard.check(self.index)
-        model = _cpu_copies(dict(self.module.named_parameters()))
+        model = self._cpu_copies(dict(self.module.named_parameters()))
         check_weights(model, self.index, self.step)
         state = {
             "origin": origin(self.plan, self.index),
@@ -275,12 +289,15 @@ class BlockTrainer:
             Snapshot(
                 step=self.step,
                 model=model,
-                ema=None if self.ema is None else _cpu_copies(self.ema.tensors()),
-                optimizer=_cpu_copies(optimizer_tensors(self.module, self.optimizer)),
+                ema=None if self.ema is None else self._cpu_copies(self.ema.tensors()),
+                optimizer=self._cpu_copies(optimizer_tensors(self.module, self.optimizer)),
                 state=state,
             )
         )
         self._saved_step = self.step
+
+    def _cpu_copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._team.whole(value.detach()).to("cpu", copy=True) for name, value in tensors.items()}
 
     def _restore(self) -> None:
         snapshot = self._store.load_latest()
@@ -298,13 +315,14 @@ class BlockTrainer:
         self._rollbacks.restore(snapshot.state.get("rollbacks", []))
 
     def _go_on_from(self, snapshot: Snapshot) -> None:
+        model = self._team.own(snapshot.model)
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
-                parameter.copy_(snapshot.model[name])
-        restore_optimizer(self.module, self.optimizer, snapshot.optimizer, self.device)
+                parameter.copy_(model[name])
+        restore_optimizer(self.module, self.optimizer, self._team.own(snapshot.optimizer), self.device)
         if self.ema is not None:
             assert snapshot.ema is not None
-            self.ema.restore(snapshot.ema)
+            self.ema.restore(self._team.own(snapshot.ema))
         self.step = self._saved_step = snapshot.step
 
     def _roll_back(self, error: NonFiniteError) -> None:
@@ -313,19 +331,22 @@ class BlockTrainer:
             raise error
         with suppress(NoRoom):
             self._store.wait()
-        if self._stop:
+        if self._team.mean(float(self._stop)) > 0:
             return  # nothing of this is saved, and the next attempt finds the same
         snapshot = self._store.go_back(error.well_until)
         self._go_on_from(beginning(self.config, self.plan, self.index) if snapshot is None else snapshot)
         self._guard.reset()
         self._rollbacks.add(error.step, self.step)
-        self._metrics.rolled_back(self.step, from_step=error.step, reason=str(error))
+        if self._team.leads:
+            self._metrics.rolled_back(self.step, from_step=error.step, reason=str(error))
         _log.warning("%s; block %d goes on from step %d with other samples", error, self.index, self.step)
         if self.step > 0:
             # At once: whoever resumes from here has to know of the roll-back. (From the beginning it repeats itself.)
             self._save()
 
     def _tell(self, loss: float, rate: float, grad_norm: Tensor) -> None:
+        if not self._team.leads:
+            return
         self._metrics.tell(
             step=self.step,
             samples=self.step * self.plan.batch_size,
@@ -355,7 +376,3 @@ class BlockTrainer:
 
 def _rows(tensors: Batch, rows: slice) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in tensors.items()}
-
-
-def _cpu_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
