@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from disturbed_run import DisturbedRun, now, small_run
+from disturbed_run import DisturbedRun, kill_and_wait, now, small_run
 from local_cluster import LocalCluster, local_cluster
 
 EVERY = 100
@@ -76,7 +75,7 @@ def recovery_times(cluster: LocalCluster, folder: Path, count: int) -> list[floa
             assert run.wait_until_running(0, 3 * EVERY, SECONDS), run.last_words()
             assert block.pid is not None
             began, attempt = now(), block.attempt
-            os.kill(block.pid, signal.SIGKILL)
+            kill_and_wait(block.pid)
             assert run.wait_until_running(0, 1, SECONDS), run.last_words()
             first = next(time for time, number, _ in block.steps if number > attempt)
             seconds.append(first - began)

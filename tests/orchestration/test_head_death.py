@@ -24,7 +24,7 @@ EVERY = 50
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_run_whose_cluster_lost_its_head_says_so_and_goes_on_on_another(tmp_path: Path) -> None:
     prepare("digits", tmp_path / "digits")
     config = small_run(tmp_path, 1500, EVERY, nodes="spread")
@@ -52,7 +52,7 @@ def test_a_run_whose_cluster_lost_its_head_says_so_and_goes_on_on_another(tmp_pa
             assert run.driver.returncode == 0, run.last_words()
         finally:
             run.close()
-        assert undisturbed.wait(200.0) == 0
+        assert undisturbed.wait(300.0) == 0
     run.look()
     assert assembled_digest(run.path) == assembled_digest(tmp_path / "undisturbed")
     for block in range(BLOCKS):
