@@ -17,12 +17,13 @@ BIN := .venv/bin
 STAMP := .venv/.ready-$(TORCH)
 RUNS := runs/demo
 
-.PHONY: help setup demo test slow lint types imports bench pins clean
+.PHONY: help setup demo test slow lint types imports bench simulate pins clean
 
 help:
 	@echo 'make demo    train digits in 3 blocks as Ray workers, assemble, evaluate beside the end-to-end network'
 	@echo 'make test    the fast tests            make slow    the slow ones (real clusters, longer training)'
 	@echo 'make lint    ruff, mypy, import rule   make bench   what the figures in the docs come from'
+	@echo 'make simulate  1,000 blocks on 100 nodes that fail, beside a synchronous job'
 	@echo 'make setup   .venv with everything     make pins    renew requirements.txt'
 
 setup: $(STAMP)
@@ -68,6 +69,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/coordinator.py
+
+simulate: setup
+	$(BIN)/python benchmarks/simulator.py
 
 pins: $(if $(shell command -v uv),,.uv/bin/uv)
 	echo 'torch==$(TORCH)' > .venv/torch-pin.txt
