@@ -17,13 +17,14 @@ BIN := .venv/bin
 STAMP := .venv/.ready-$(TORCH)
 RUNS := runs/demo
 
-.PHONY: help setup demo test slow lint types imports bench chaos pins clean
+.PHONY: help setup demo test slow lint types imports bench chaos simulate pins clean
 
 help:
 	@echo 'make demo    train digits in 3 blocks as Ray workers, assemble, evaluate beside the end-to-end network'
 	@echo 'make test    the fast tests            make slow    the slow ones (real clusters, longer training)'
 	@echo 'make lint    ruff, mypy, import rule   make bench   what the figures in the docs come from'
 	@echo 'make chaos   kill, freeze and damage everything of a run 30 times, and compare it with an undisturbed one'
+	@echo 'make simulate  1,000 blocks on 100 nodes that fail, beside a synchronous job'
 	@echo 'make setup   .venv with everything     make pins    renew requirements.txt'
 
 setup: $(STAMP)
@@ -69,6 +70,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/coordinator.py
+
+simulate: setup
+	$(BIN)/python benchmarks/simulator.py
 
 # `make chaos SEED=7` draws the same faults again.
 chaos: setup

@@ -123,7 +123,10 @@ def why_not_scale(config: RunConfig, state: CoordinatorState, request: Request) 
     if ended := [block for block in blocks if block.state in ENDED]:
         return f"block {ended[0].index} is {ended[0].state}"
     free = state.slots - state.live
-    needed = sum(request.replicas - block.seats for block in blocks)
+    # A block that waits may be asked for less than it waits for: that needs no room, and may be what lets it start.
+    needed = sum(
+        request.replicas - block.seats for block in blocks if block.seats > 0 or request.replicas > block.replicas
+    )
     if needed > free:
         return f"needs {needed} more worker{'' if needed == 1 else 's'}, and there is room for {free} of {state.slots}"
     return None

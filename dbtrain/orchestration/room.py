@@ -61,8 +61,9 @@ def give_room(state: CoordinatorState, time: float) -> tuple[CoordinatorState, t
     if room.left() < 1:
         return state, ()
     slice_steps = room.slice_steps()
-    if state.policy.slice_steps is not None:
-        ready.sort(key=lambda block: block.step)  # stable: those who lag first, then as in `order`
+    # Those who lag first, then as in `order`. Without time slices what is begun comes before what is not.
+    turns = state.policy.slice_steps is not None
+    ready.sort(key=lambda block: (not turns and block.attempt == 0, block.step))
     actions: list[StartWorker] = []
     lags: int | None = None  # step of the first block that is too large for the room there is
     for block in ready:

@@ -135,7 +135,7 @@ class CoordinatorState:
 
     blocks: tuple[BlockStatus, ...]
     order: tuple[int, ...]
-    """Blocks in the order in which they get room."""
+    """Blocks in the order in which they get room at first; those who have begun and lag come before others."""
     nodes: tuple[Node, ...]
     policy: Policy
     limit: int | None = None

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import assert_refused, dbtrain, fill, resize, small_disk, tree, unchanged
+from command import assert_refused, dbtrain, tree, unchanged
+from small_disks import fill, resize, small_disk
 
 
 def train(recipe: Path, run: Path) -> tuple[object, ...]:

@@ -85,6 +85,8 @@ class World:
             match action:
                 case StartWorker():
                     assert not before.stopping
+                    waited = before.blocks[action.block]
+                    assert waited.state is not BlockState.RESTARTING or self.now >= waited.retry_at, "the back-off"
                     self._start(action)
                 case StopWorker(block, attempt):
                     self._told_to_leave(block, attempt, event)

@@ -114,6 +114,15 @@ def test_without_any_node_everything_waits() -> None:
     assert states(state) == ["pending", "pending"]
 
 
+def test_of_the_blocks_that_wait_those_who_have_begun_and_lag_go_first() -> None:
+    state, _ = feed(fresh(4, slots={"a": 3}), Tick(0.0), *(progress(1.0, b, 1, step=90 - 10 * b) for b in range(3)))
+    state, _ = feed(
+        state, CapacityChanged(2.0, ()), *(WorkerDied(2.0, block, 1, "the node is gone") for block in range(3))
+    )
+    _, actions = feed(state, Tick(9.0), CapacityChanged(10.0, nodes_of({"b": 4})))
+    assert [action.block for action in actions] == [2, 1, 0, 3]
+
+
 def test_a_limit_holds_however_many_workers_fit() -> None:
     state, actions = feed(fresh(4, slots={"a": 4, "b": 4}, limit=3), Tick(0.0))
     assert [action.block for action in actions] == [0, 1, 2]
