@@ -68,7 +68,7 @@ class StemAverager:
         try:
             # Calls of the store know no time-out when the network swallows what is sent.
             decision = _bounded(lambda: delegate.meet(stem, returns, stopping), 2 * self._patience)
-        except (DistError, _GroupFailed, TimeoutError) as error:
+        except (DistError, _GroupFailed, OSError) as error:  # of time, of routes, of names
             reason = str(error).partition("\n")[0]
             _log.warning("block %d keeps its own stem at step %d: %s", self._index, step, reason)
             delegate.abandoned = True

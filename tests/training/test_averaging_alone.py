@@ -174,6 +174,13 @@ def test_a_store_that_is_gone_costs_a_meeting_and_no_more() -> None:
     assert a.told() == [[0]]
 
 
+def test_a_host_that_nobody_knows_costs_a_meeting_and_no_more(place: MeetingPlace) -> None:
+    place.address = "nowhere.invalid:1"
+    a = Block(place, 0, 1.0, patience=2.0)
+    a.meet(10)
+    assert (a.stem.item(), a.told()) == (1.0, ["failed"])
+
+
 def test_a_network_that_swallows_all_costs_a_meeting_and_no_more(place: MeetingPlace) -> None:
     place.tell_live({0: 1})
     with _Wire(place.store.port) as wire:
