@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ TEMPORARY = ".tmp-"
 """What the name of every file and folder that is not finished begins with."""
 REPLACED = ".tmp-old-"
 """What the name of a folder begins with while `commit_folder` puts another in its place."""
+LOCK_PATIENCE = 20.0
+"""Seconds that a process may take to replace a folder before others do so beside it."""
 
 _MENDS = {
     errno.ENOSPC: "free some space, or choose another folder",
@@ -297,14 +300,28 @@ def _write_errors(path: Path | str, every: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads that replace something in `folder` waiting, where its filesystem has locks."""
+    """Keep other processes and threads that replace something in `folder` waiting, where its filesystem has locks.
+
+    Not for ever: whoever holds the lock for `LOCK_PATIENCE` seconds is frozen, and shall freeze nobody else.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        end = time.monotonic() + LOCK_PATIENCE
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _locked(descriptor) and time.monotonic() < end:
+                time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock an open folder unless somebody else has; raises OSError where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _make_folder(path: Path) -> None:
