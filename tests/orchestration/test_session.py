@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import start_run
+from small_runs import start_run, train_block
 from torch import Tensor
 
 from dbtrain.config import RunConfig
 from dbtrain.data.order import SampleOrder
+from dbtrain.errors import NoRoom
 from dbtrain.orchestration.session import BlockSession, Outcome
 from dbtrain.plan import human_bytes
-from dbtrain.run_directory import RunDirectory
+from dbtrain.run_directory import BlockDirectory, RunDirectory
 from dbtrain.training.trainer import BlockTrainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -62,6 +64,36 @@ def test_an_error_outside_a_step_has_no_rows(
     assert (end.step, end.rows) == (10, ())
     end = _end_of(BlockSession(str(tmp_path / "nothing"), 0, 1))
     assert (end.step, end.rows) == (-1, ())
+
+
+def test_a_worker_that_waits_to_begin_says_for_what(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is silent about it would be taken to hang."""
+    run = start_run(make_config(), tmp_path)
+    train_block(run)
+    full, claim = threading.Event(), BlockDirectory.claim
+    full.set()
+
+    def refuse(block: BlockDirectory, attempt: int) -> None:
+        if full.is_set():
+            raise NoRoom("cannot write attempt.json: No space left on device")
+        claim(block, attempt)
+
+    monkeypatch.setattr(BlockDirectory, "claim", refuse)
+    session = BlockSession(run.uri, 0, 2)
+    assert session.progress() is None
+    ends: list[Outcome] = []
+    worker = threading.Thread(target=lambda: ends.append(_end_of(session)))
+    worker.start()
+    while (progress := session.progress()) is None:
+        worker.join(0.02)
+        assert worker.is_alive()
+    assert (progress.step, progress.checkpoint_step, progress.total, progress.done) == (30, 30, 30, False)
+    assert str(progress.trouble).startswith("cannot write attempt.json: No space left on device; waiting for room")
+    full.clear()
+    worker.join(60)
+    assert [end.kind for end in ends] == ["finished"]
 
 
 _STARVED = """
