@@ -182,7 +182,7 @@ class CheckpointConfig(Section):
     every: int = Field(500, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints kept for each block."""
+    """Newest checkpoints kept for each block; that of a stop, if it is the newest, beside them."""
 
 
 class LoggingConfig(Section):

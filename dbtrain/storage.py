@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ REPLACED = ".tmp-old-"
 """What the name of a folder begins with while `commit_folder` puts another in its place."""
 PIECE_BYTES = 8 << 20
 """What `Storage.read_pieces` reads at once; an object store is asked for so much with each request."""
+LOCK_PATIENCE = 20.0
+"""Seconds that a process may take to replace a folder before others do so beside it."""
 
 _MENDS = {
     errno.ENOSPC: "free some space, or choose another folder",
@@ -350,14 +353,28 @@ def _write_errors(path: Path | str, every: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads that replace something in `folder` waiting, where its filesystem has locks."""
+    """Keep other processes and threads that replace something in `folder` waiting, where its filesystem has locks.
+
+    Not for ever: whoever holds the lock for `LOCK_PATIENCE` seconds is frozen, and shall freeze nobody else.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        end = time.monotonic() + LOCK_PATIENCE
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _locked(descriptor) and time.monotonic() < end:
+                time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock an open folder unless somebody else has; raises OSError where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _make_folder(path: Path) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import resource
+import signal
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +84,26 @@ def test_many_commit_the_same_folder(tmp_path: Path) -> None:
     assert (tmp_path / "final/a").read_bytes() == (tmp_path / "final/b").read_bytes()
 
 
+def test_commit_folder_replaces_a_file(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    storage.write_atomic("final", b"in the way")
+    storage.write_atomic(".tmp-x/new", b"new")
+    storage.commit_folder(".tmp-x", "final")
+    assert storage.read_bytes("final/new") == b"new"
+    assert storage.list() == ["final"]
+
+
+def test_a_frozen_process_does_not_hold_up_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dbtrain.storage.LOCK_PATIENCE", 0.1)
+    storage = Storage.open(tmp_path)
+    storage.write_atomic(".tmp-x/new", b"new")
+    frozen = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(frozen, fcntl.LOCK_EX)
+    storage.commit_folder(".tmp-x", "final")
+    os.close(frozen)
+    assert storage.list() == ["final"]
+
+
 @pytest.mark.parametrize("source", [".tmp-x", "final/inner"])  # the second vanishes when final is set aside
 def test_commit_of_a_folder_that_vanished_keeps_the_old_one(tmp_path: Path, source: str) -> None:
     storage = Storage.open(tmp_path)
@@ -129,6 +152,22 @@ def test_a_full_device_names_the_path(tmp_path: Path) -> None:
     (tmp_path / "log").symlink_to("/dev/full")
     with pytest.raises(UserError, match=str(tmp_path / "log")):
         Storage.open(tmp_path).append_line("log", "x")
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
+    """As on a disk that becomes full, the file may grow by a part of the line alone."""
+    storage = Storage.open(tmp_path)
+    storage.append_line("log", "first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        with pytest.raises(OSError, match="File too large"):
+            storage.append_line("log", "second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert storage.read_text("log") == "first\n"
 
 
 def test_failed_write_leaves_no_trace(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +20,7 @@ from dbtrain.orchestration.events import (
     WorkerStopped,
 )
 from dbtrain.run_directory import RunDirectory
+from dbtrain.training.checkpoint import checkpoint_steps
 from dbtrain.training.memory import is_out_of_memory, oom_advice
 from dbtrain.training.progress import Progress
 from dbtrain.training.room import Room
@@ -69,11 +71,16 @@ class BlockSession:
             trainer.request_stop()
 
     def progress(self) -> Progress | None:
-        """The newest report, with the step and the trouble of this moment; None before the block is built."""
-        trainer, latest = self._trainer, self._latest
+        """The newest report, with the step and the trouble of this moment; None before the block is built, unless that
+        has to wait for something."""
+        trainer, latest, run, trouble = self._trainer, self._latest, self._run, self._room.trouble
         if trainer is None or latest is None:
-            return None
+            return None if run is None or trouble is None else self._waiting(run, trouble)
         return replace(latest, step=trainer.step, trouble=trainer.trouble)
+
+    def _waiting(self, run: RunDirectory, trouble: str) -> Progress:
+        step = max(checkpoint_steps(run.block(self._block)), default=0)
+        return Progress(self._block, self._attempt, step, run.plan.steps, math.nan, 0.0, step, False, trouble)
 
     def advance(self) -> Progress | Outcome:
         """Train up to the next report. An Outcome is the last; what the trainer raises becomes one."""

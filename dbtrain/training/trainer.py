@@ -329,10 +329,13 @@ class BlockTrainer:
         """Go on from a checkpoint with other samples and noise; raises `error` if that has been done too often."""
         if len(self._rollbacks) >= self.config.training.max_rollbacks:
             raise error
-        with suppress(NoRoom):
+        try:
             self._store.wait()
-        if self._team.mean(float(self._stop)) > 0:
-            return  # nothing of this is saved, and the next attempt finds the same
+            room = 1.0
+        except NoRoom:
+            room = 0.0
+        if self._team.mean(room) < 1:
+            return  # somebody wants the block to stop: nothing of this is saved, and the next attempt finds the same
         snapshot = self._store.go_back(error.well_until)
         self._go_on_from(beginning(self.config, self.plan, self.index) if snapshot is None else snapshot)
         self._guard.reset()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import assert_refused, dbtrain, tree, unchanged
+from command import assert_refused, dbtrain, finish, start, tree, unchanged
 from small_disks import fill, resize, small_disk
 
 
@@ -70,26 +73,62 @@ def test_a_run_directory_that_became_read_only(recipe: Path, trained_runs: Path,
         assert dbtrain(*train(recipe, disk / "run")).code == 0
 
 
-def test_a_disk_that_becomes_full_in_mid_training(recipe: Path, trained_runs: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def waiting(recipe: Path, trained_runs: Path, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """A disk with room for less than half of a run, and the command that has filled it and waits."""
     block = trained_runs / "run" / "blocks" / "00"
     pages = sum(-(-file.stat().st_size // 4096) + 1 for file in block.rglob("*") if file.is_file())
     with small_disk(tmp_path / "disk", f"{2 * 4 * pages}k") as disk:
-        result = dbtrain(*train(recipe, disk / "run"))
-        assert result.code == 1
-        assert result.stdout == ""
-        assert "Traceback" not in result.stderr
-        last = result.stderr.splitlines()[-1]
-        assert re.match(r"dbtrain: block [12] failed at step \d+: cannot write ", last)
-        assert "No space left on device (free some space" in last
-        assert "the same command" in last
-        assert not list(disk.rglob(".tmp-*"))
-        assert sorted(path.name for path in disk.glob("run/blocks/00/checkpoints/*")) == [
-            "step-00000010",
-            "step-00000020",
-        ]
-        assert_refused(dbtrain("assemble", disk / "run"), "block ")
+        process = start(*train(recipe, disk / "run"))
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if "waiting for room" in line:
+                    break
+            assert process.poll() is None
+            assert re.match(rf"dbtrain: warning: cannot write {disk}.*: No space left on device; waiting for", line)
+            assert "(free some space, or stop the run)" in line
+            yield disk, process
+        finally:
+            process.kill()
+            process.wait()
 
-        resize(disk, "8M")
-        assert dbtrain(*train(recipe, disk / "run")).code == 0
-        digests = {dbtrain("assemble", run, "--json").json()["sha256"] for run in (disk / "run", trained_runs / "run")}
-        assert len(digests) == 1
+
+@pytest.mark.timeout(400)
+def test_a_disk_that_becomes_full_in_mid_training(
+    waiting: tuple[Path, subprocess.Popen[str]], trained_runs: Path
+) -> None:
+    disk, process = waiting
+    assert checkpoints(disk, 0) == [10, 20]
+    resize(disk, "8M")
+    result = finish(process)
+    assert (result.code, result.stdout) == (0, f"finished: {disk / 'run'}\n")
+    assert "Traceback" not in result.stderr
+    assert "failed" not in result.stderr
+    assert not list(disk.rglob(".tmp-*"))
+    digests = {dbtrain("assemble", run, "--json").json()["sha256"] for run in (disk / "run", trained_runs / "run")}
+    assert len(digests) == 1
+
+
+@pytest.mark.timeout(400)
+def test_a_stop_ends_the_waiting_for_room(
+    waiting: tuple[Path, subprocess.Popen[str]], recipe: Path, trained_runs: Path
+) -> None:
+    disk, process = waiting
+    process.send_signal(signal.SIGTERM)
+    result = finish(process)
+    assert result.code == 1
+    assert "Traceback" not in result.stderr
+    assert f"dbtrain: stopped; the same command goes on where it left: {disk / 'run'}" in result.stderr
+    assert not list(disk.rglob(".tmp-*"))
+    assert checkpoints(disk, 0) == [10, 20]
+    assert_refused(dbtrain("assemble", disk / "run"), "block ")
+
+    resize(disk, "8M")
+    assert dbtrain(*train(recipe, disk / "run")).code == 0
+    digests = {dbtrain("assemble", run, "--json").json()["sha256"] for run in (disk / "run", trained_runs / "run")}
+    assert len(digests) == 1
+
+
+def checkpoints(disk: Path, block: int) -> list[int]:
+    return sorted(int(path.name[5:]) for path in disk.glob(f"run/blocks/{block:02d}/checkpoints/step-*"))

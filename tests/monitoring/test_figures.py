@@ -68,3 +68,13 @@ def test_a_repeated_step_counts_once() -> None:
     assert losses[:2] == [3.0, 1.5]
     assert math.isnan(losses[2])
     assert loss_curve([]) == ([], [])
+
+
+def test_a_roll_back_is_no_point_of_the_curve() -> None:
+    lines = [
+        {"step": 10, "loss": 2.0},
+        {"step": 20, "loss": None},
+        {"event": "rolled_back", "step": 10, "from_step": 20, "reason": "", "attempt": 1},
+        {"step": 20, "loss": 1.0},
+    ]
+    assert loss_curve(lines) == ([10, 20], [2.0, 1.0])

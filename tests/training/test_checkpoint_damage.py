@@ -71,6 +71,15 @@ def test_other_damage_is_found(pristine: Path, tmp_path: Path, name: str, damage
     assert_falls_back(root)
 
 
+def test_a_file_in_the_place_of_a_checkpoint(pristine: Path, tmp_path: Path) -> None:
+    root = tmp_path / "block"
+    shutil.copytree(pristine, root)
+    folder = root / "checkpoints" / "step-00000002"
+    shutil.rmtree(folder)
+    folder.write_bytes(b"not a folder")
+    assert_falls_back(root)
+
+
 def test_damaged_file_on_an_object_store(remote: BlockDirectory, open_store: Opener) -> None:
     save_all(open_store(remote), 1, 2)
     [name] = [name for name in remote.checkpoints.list("step-00000002") if "ema" in name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -123,6 +124,7 @@ def test_an_older_attempt_tells_nothing(block: BlockDirectory) -> None:
 
 @pytest.fixture
 def run_on(small_disk: Path, small_config: SmallConfig) -> RunDirectory:
+    subprocess.run(["mount", "-o", "remount,size=4M", str(small_disk)], check=True)
     return start_run(small_config(training={"steps": 40}, checkpoints={"every": 10}), small_disk / "run")
 
 
