@@ -72,13 +72,16 @@ class Replicas(Team):
             self._step: nn.Module = _shard(step, device, self._seat.replicas)
             return
         # With unused parameters looked for, DDP never rearranges its buckets: where a gradient lies in its bucket
-        # decides in which order more than two summands are added, and must be the same after a restart. That it
-        # has found none is no news.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        # decides in which order more than two summands are added, and that must be the same after a restart. One
+        # parameter is unused for sure, or DDP would warn on each worker's standard error that there was none.
         module.to(device)
-        self._step = DistributedDataParallel(
-            step, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
-        )
+        step.register_parameter("unused", nn.Parameter(torch.zeros(1, device=device)))
+        with warnings.catch_warnings():
+            # The newer name of `broadcast_buffers` is not known to PyTorch 2.11.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._step = DistributedDataParallel(
+                step, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+            )
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """The mean loss of this replica's samples."""
@@ -119,6 +122,15 @@ class Replicas(Team):
         """Return when every replica has come here; the device is not waited for."""
         self.mean(0.0)
 
+    def leave(self) -> None:
+        """Meet, and end the process group.
+
+        Where training ends otherwise, the group ends with the process: ending it here would wait for all that is still
+        on its way to replicas that are gone, while others may wait for this one.
+        """
+        self.meet()
+        dist.destroy_process_group()
+
     def whole(self, tensor: Tensor) -> Tensor:
         """The full tensor, on the device of its parts."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -157,11 +169,6 @@ class Replicas(Team):
             optimizer=received["optimizer"],
             state=told["state"],
         )
-
-    def close(self) -> None:
-        """End the process group. What still waits for this replica ends with an error at the latest with the process."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=0, group=self._control)

@@ -48,8 +48,8 @@ class Team:
         """Whether all workers leave before the step that is next; each has to say before each step if it was asked."""
         return asked
 
-    def meet(self) -> None:
-        """Return when every worker has come here."""
+    def leave(self) -> None:
+        """Return when every worker has come here, after its training; the team is no more."""
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All of a tensor that may be spread over the workers, each of whom has to ask."""
@@ -62,9 +62,6 @@ class Team:
     def checkpoints(self, directory: BlockDirectory, attempt: int, keep: int) -> CheckpointStore:
         """The block's checkpoints; every worker has to call what the others call."""
         return CheckpointStore(directory, attempt, keep)
-
-    def close(self) -> None:
-        """Leave the team. May be called again."""
 
 
 def make_team(config: RunConfig, seat: Seat, block: int, attempt: int) -> Team:

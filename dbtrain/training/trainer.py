@@ -167,15 +167,12 @@ class BlockTrainer:
         if self._saved_step != self.step:
             self._save()
         self._store.close()
-        self._team.meet()
+        self._team.leave()
         yield self._progress(loss, rate, durable=True)
 
     def close(self) -> None:
         """Wait for the checkpoint being written, if any."""
-        try:
-            self._store.close()
-        finally:
-            self._team.close()
+        self._store.close()
 
     def _train_step(self) -> Tensor:
         """One optimiser step; returns the gradients' norm, on the device."""
@@ -206,8 +203,7 @@ class BlockTrainer:
         return grad_norm
 
     def _backward(self, batch: Batch, draw: Draw) -> Tensor:
-        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the mean loss of this worker's rows.
-        """
+        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the loss of this worker's rows."""
         parts = self.config.training.accumulate
         size = self.plan.batch_size // self.seat.replicas // parts
         bfloat16 = self.config.training.precision == "bfloat16"

@@ -8,10 +8,12 @@ import fsspec
 import pytest
 from checkpoint_states import Opener
 from pyarrow import fs
+from replica_groups import Replica, Start
 
-from dbtrain.run_directory import BlockDirectory
+from dbtrain.run_directory import BlockDirectory, RunDirectory
 from dbtrain.storage import ArrowStorage, Storage
 from dbtrain.training.checkpoint import CheckpointStore
+from dbtrain.training.meeting import MeetingPlace
 
 
 @pytest.fixture
@@ -40,3 +42,32 @@ def open_store() -> Iterator[Opener]:
     yield open_one
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def start_replicas(tmp_path: Path) -> Iterator[Start]:
+    """Starts the replicas of block 0, and ends what is left of them after the test."""
+    started: list[Replica] = []
+    meeting = MeetingPlace("127.0.0.1")
+
+    def start(
+        run: RunDirectory,
+        attempt: int = 1,
+        replicas: int = 2,
+        *,
+        until: int | None = None,
+        stop_at: int = -1,
+        poisoned: tuple[int, ...] = (),
+    ) -> list[Replica]:
+        """The last replica alone is asked to stop at its report of `stop_at`, and sees NaN in the steps `poisoned`."""
+        first = len(started)
+        for number in range(replicas):
+            seat = {"replica": number, "replicas": replicas, "meeting": meeting.address, "until": until}
+            arguments = {"run": run.uri, "attempt": attempt, "seat": seat, "stop_at": stop_at, "poisoned": poisoned}
+            started.append(Replica(arguments, tmp_path / f"log-{len(started)}"))
+        return started[first:]
+
+    yield start
+    for replica in started:
+        replica.process.kill()
+        replica.process.communicate()
