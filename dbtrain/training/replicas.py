@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore  # public as torch.distributed.PrefixStore, but not to mypy
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dbtrain.models import Batch, Draw, TrainableModule
+from dbtrain.models.layers import layers_of
 from dbtrain.resources_config import ResourcesConfig
 from dbtrain.run_directory import BlockDirectory
 from dbtrain.training.checkpoint import CheckpointStore, Snapshot
@@ -224,19 +225,12 @@ def _shard(step: _TrainingLoss, device: torch.device, replicas: int) -> nn.Modul
     Layers go to the device one by one, so that it never holds the whole block.
     """
     mesh = init_device_mesh(device.type, (replicas,))
-    for layer in _layers(step):
+    for layer in layers_of(step):
         fully_shard(layer, mesh=mesh)
         for name in getattr(layer, "called_in_training", ()):
             register_fsdp_forward_method(layer, name)
     fully_shard(step, mesh=mesh)
     return step
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of all lists of modules, those inside others first."""
-    for child in reversed(list(module.modules())):
-        if isinstance(child, nn.ModuleList):
-            yield from (layer for layer in child if not isinstance(layer, FSDPModule))
 
 
 def _header(snapshot: Snapshot | None) -> bytes:

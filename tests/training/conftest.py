@@ -14,6 +14,7 @@ from dbtrain.run_directory import BlockDirectory, RunDirectory
 from dbtrain.storage import ArrowStorage, Storage
 from dbtrain.training.checkpoint import CheckpointStore
 from dbtrain.training.meeting import MeetingPlace
+from dbtrain.training.seat import Seat
 
 
 @pytest.fixture
@@ -45,10 +46,10 @@ def open_store() -> Iterator[Opener]:
 
 
 @pytest.fixture
-def start_replicas(tmp_path: Path) -> Iterator[Start]:
+def start_replicas() -> Iterator[Start]:
     """Starts the replicas of block 0, and ends what is left of them after the test."""
     started: list[Replica] = []
-    meeting = MeetingPlace("127.0.0.1")
+    meetings: list[MeetingPlace] = []
 
     def start(
         run: RunDirectory,
@@ -61,13 +62,14 @@ def start_replicas(tmp_path: Path) -> Iterator[Start]:
     ) -> list[Replica]:
         """The last replica alone is asked to stop at its report of `stop_at`, and sees NaN in the steps `poisoned`."""
         first = len(started)
+        # One a group: two runs of a test would find each other's attempts in the same store.
+        meetings.append(MeetingPlace("127.0.0.1"))
         for number in range(replicas):
-            seat = {"replica": number, "replicas": replicas, "meeting": meeting.address, "until": until}
-            arguments = {"run": run.uri, "attempt": attempt, "seat": seat, "stop_at": stop_at, "poisoned": poisoned}
-            started.append(Replica(arguments, tmp_path / f"log-{len(started)}"))
+            seat = Seat(number, replicas, meetings[-1].address, until)
+            started.append(Replica(run, attempt, seat, stop_at, poisoned))
         return started[first:]
 
     yield start
     for replica in started:
         replica.process.kill()
-        replica.process.communicate()
+        replica.process.join()

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from replica_process import main
 
 from dbtrain.config import RunConfig
 from dbtrain.run_directory import RunDirectory
+from dbtrain.training.seat import Seat
 
 FamilyConfig = Callable[..., RunConfig]
 Start = Callable[..., "list[Replica]"]
 
 
-class Replica:
-    """A process of `replica_process.py`."""
+# Processes that begin with everything loaded: loading takes seconds, and there are many of them.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["dbtrain.orchestration.session", "dbtrain.training.replicas"])
 
-    def __init__(self, arguments: dict[str, Any], log: Path):
-        command = [sys.executable, str(Path(__file__).with_name("replica_process.py")), json.dumps(arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._log = log
-        with log.open("w") as stderr:
-            self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+class Replica:
+    """A process of `replica_process.main`."""
+
+    def __init__(self, run: RunDirectory, attempt: int, seat: Seat, stop_at: int, poisoned: tuple[int, ...]):
+        self._told, ours = PROCESSES.Pipe(duplex=False)
+        self.process = PROCESSES.Process(target=main, args=(run.uri, attempt, seat, stop_at, poisoned, ours))
+        self.process.start()
+        ours.close()
 
     def next(self) -> dict[str, Any]:
-        """The next line it prints."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self._log.read_text()[-3000:]
-        told: dict[str, Any] = json.loads(line)
+        """The next it tells; EOFError if it died."""
+        told: dict[str, Any] = self._told.recv()
         return told
 
     def wait_for(self, step: int) -> None:
