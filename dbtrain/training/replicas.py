@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore  # public as torch.distributed.PrefixStore, but not to mypy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -80,9 +81,11 @@ class Replicas(Team):
         with warnings.catch_warnings():
             # The newer name of `broadcast_buffers` is not known to PyTorch 2.11.
             warnings.simplefilter("ignore", FutureWarning)
-            self._step = DistributedDataParallel(
+            self._step = averaging = DistributedDataParallel(
                 step, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
             )
+        # Left alone, DDP divides by 3 in another way in the first step after a start than in those that follow.
+        averaging.register_comm_hook(None, allreduce_hook)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """The mean loss of this replica's samples."""
