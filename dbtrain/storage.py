@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import shutil
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -25,6 +22,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from dbtrain.errors import NoRoom, UserError
+from dbtrain.local_folders import make_folder, one_at_a_time, remove, sync_folder
 from dbtrain.retry import may_pass, may_pass_remotely, retried, retried_pieces
 
 _T = TypeVar("_T")
@@ -35,8 +33,6 @@ REPLACED = ".tmp-old-"
 """What the name of a folder begins with while `commit_folder` puts another in its place."""
 PIECE_BYTES = 8 << 20
 """What `Storage.read_pieces` reads at once; an object store is asked for so much with each request."""
-LOCK_PATIENCE = 20.0
-"""Seconds that a process may take to replace a folder before others do so beside it."""
 
 _MENDS = {
     errno.ENOSPC: "free some space, or choose another folder",
@@ -183,7 +179,7 @@ class LocalStorage(Storage):
         path = self._root / rel
         temporary = path.with_name(temporary_name(path.name))
         with _write_errors(path):
-            _make_folder(path.parent)
+            make_folder(path.parent)
             try:
                 with temporary.open("xb") as file:
                     file.write(data)
@@ -199,7 +195,7 @@ class LocalStorage(Storage):
     def append_line(self, rel: str, text: str) -> None:
         path = self._root / rel
         with _write_errors(path):
-            _make_folder(path.parent)
+            make_folder(path.parent)
             with path.open("a+b", buffering=0) as file:
                 if end := file.seek(0, os.SEEK_END):
                     file.seek(end - 1)
@@ -234,7 +230,7 @@ class LocalStorage(Storage):
     def remove_tree(self, rel: str) -> None:
         path = self._root / rel
         with _write_errors(path):
-            _remove(path)
+            remove(path)
 
     def sub(self, rel: str) -> LocalStorage:
         return LocalStorage(self._root / rel)
@@ -243,11 +239,11 @@ class LocalStorage(Storage):
         source, target = self._root / tmp_rel, self._root / final_rel
         aside = target.with_name(REPLACED + target.name)
         with _write_errors(target):
-            _make_folder(target.parent)
+            make_folder(target.parent)
             sync_folder(source)
-        with _write_errors(target), _one_at_a_time(target.parent):
+        with _write_errors(target), one_at_a_time(target.parent):
             if target.exists():
-                _remove(aside)
+                remove(aside)
                 target.rename(aside)
             try:
                 source.rename(target)
@@ -256,7 +252,7 @@ class LocalStorage(Storage):
                     aside.rename(target)
                 raise
             sync_folder(target.parent)
-            _remove(aside)
+            remove(aside)
 
     def _open_file(self, rel: str) -> BinaryIO:
         return (self._root / rel).open("rb")
@@ -349,62 +345,6 @@ def _write_errors(path: Path | str, every: bool = False) -> Iterator[None]:
         mend = _MENDS.get(error.errno or 0, "check the address, your credentials and the network")
         kind = NoRoom if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
         raise kind(f"cannot write {path}: {reason}", value=str(path), mend=mend) from error
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads that replace something in `folder` waiting, where its filesystem has locks.
-
-    Not for ever: whoever holds the lock for `LOCK_PATIENCE` seconds is frozen, and shall freeze nobody else.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        end = time.monotonic() + LOCK_PATIENCE
-        with contextlib.suppress(OSError):
-            while not _locked(descriptor) and time.monotonic() < end:
-                time.sleep(0.02)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    """Lock an open folder unless somebody else has; raises OSError where there are no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _make_folder(path: Path) -> None:
-    """Create a folder and those above it, durably."""
-    if path.is_dir():
-        return
-    _make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir()
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    sync_folder(path.parent)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, or a folder with all it holds, if there is one."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a local folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _one_line(error: BaseException) -> str:

@@ -94,7 +94,7 @@ def test_commit_folder_replaces_a_file(tmp_path: Path) -> None:
 
 
 def test_a_frozen_process_does_not_hold_up_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbtrain.storage.LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr("dbtrain.local_folders.LOCK_PATIENCE", 0.1)
     storage = Storage.open(tmp_path)
     storage.write_atomic(".tmp-x/new", b"new")
     frozen = os.open(tmp_path, os.O_RDONLY)

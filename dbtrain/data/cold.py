@@ -11,7 +11,7 @@ from dbtrain.data.manifest import Manifest, ShardFile
 from dbtrain.data.shard_writer import HashingFile
 from dbtrain.data.shards import file_sha256
 from dbtrain.errors import CorruptData, UserError
-from dbtrain.storage import sync_folder
+from dbtrain.local_folders import sync_folder
 
 _COPY_BYTES = 1 << 20
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dbtrain.errors import UserError
-from dbtrain.storage import sync_folder
+from dbtrain.local_folders import sync_folder
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",

@@ -97,7 +97,15 @@ class _FullBlock(BlockDirectory):
 
 def _tell(log: MetricsLog, step: int) -> None:
     log.tell(
-        step=step, samples=0, loss=1.0, grad_norm=1.0, lr=1.0, samples_per_second=1.0, skipped=0, checkpoint_step=0
+        step=step,
+        samples=0,
+        loss=1.0,
+        grad_norm=1.0,
+        lr=1.0,
+        samples_per_second=1.0,
+        skipped=0,
+        checkpoint_step=0,
+        stem={},
     )
 
 
