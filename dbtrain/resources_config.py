@@ -46,7 +46,8 @@ class ResourcesConfig(Section):
     heartbeat_timeout: float = Field(60.0, gt=0.0)
     """Seconds a worker may leave a question unanswered; after that it is killed and started again."""
     step_timeout: float = Field(1800.0, gt=0.0)
-    """Seconds a worker may answer without a new step; after that it is killed and started again."""
+    """Seconds a worker may answer without a new step, once its block is built; after that it is killed and started
+    again."""
     slow_factor: float = Field(3.0, gt=1.0)
     """A worker is slow if it takes this many times as long for a layer as the median worker does."""
     slow_action: Literal["report", "move"] = "report"

@@ -81,13 +81,15 @@ def _hear(block: BlockStatus, event: WorkerEvent, state: CoordinatorState) -> Bl
                 since=event.time,
                 heard_at=event.time,
                 moved_at=event.time,
+                reported=False,
                 pid=event.pid,
                 node=event.node,
                 node_id=event.node_id,
                 device=event.device,
             )
         case WorkerAlive():
-            return replace(block, heard_at=event.time)
+            # Building a block may take long, where shards are copied first: steps are counted from its first report.
+            return replace(block, heard_at=event.time, moved_at=block.moved_at if block.reported else event.time)
         case WorkerProgress():
             # Whoever waits for something that it names does not hang.
             moved = event.step != block.step or event.trouble is not None
@@ -101,6 +103,7 @@ def _hear(block: BlockStatus, event: WorkerEvent, state: CoordinatorState) -> Bl
                 rollbacks=event.rollbacks,
                 heard_at=event.time,
                 moved_at=event.time if moved else block.moved_at,
+                reported=True,
             )
         case WorkerFinished():
             return _leave(replace(block, step=event.step), BlockState.FINISHED, event.time)

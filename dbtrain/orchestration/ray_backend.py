@@ -15,6 +15,7 @@ from dbtrain.orchestration.ray_group import WorkerGroup
 from dbtrain.orchestration.ray_worker import BlockWorker
 from dbtrain.plan import Plan
 from dbtrain.training.meeting import MeetingPlace
+from dbtrain.training.memory import oom_advice
 from dbtrain.training.seat import Seat
 from dbtrain.training.stem import averages_stems
 
@@ -80,8 +81,14 @@ class RayBackend:
         actor = _Actor.options(**self._options(order.avoid))
         seats = [Seat(replica, order.replicas, meeting, order.until) for replica in range(order.replicas)]
         actors = [actor.remote(self._run_uri, order.block, order.attempt, self._plan.threads, seat) for seat in seats]
-        device = self._resources.resolved_device
-        self._groups[order.block] = WorkerGroup(order.block, order.attempt, device, actors, self._clock)
+        self._groups[order.block] = WorkerGroup(
+            order.block,
+            order.attempt,
+            self._resources.resolved_device,
+            actors,
+            self._clock,
+            out_of_memory=lambda: oom_advice(self._config, self._plan, order.block),
+        )
         self._tell_who_lives()
 
     def stop(self, block: int, attempt: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from dbtrain.orchestration.events import WorkerAlive, WorkerDied, WorkerEvent, W
 from dbtrain.orchestration.ray_cluster import ray
 from dbtrain.orchestration.ray_worker import Place
 from dbtrain.orchestration.session import Outcome, event_of
+
+_OUT_OF_MEMORY = "killed due to the node running low on memory"
 
 
 @dataclass
@@ -30,12 +32,29 @@ class _Member:
 class WorkerGroup:
     """All workers of one attempt at a block; mostly there is just one."""
 
-    def __init__(self, block: int, attempt: int, device: str, actors: Sequence[Any], clock: Clock):
-        """`actors` in the order of their seats."""
+    def __init__(
+        self,
+        block: int,
+        attempt: int,
+        device: str,
+        actors: Sequence[Any],
+        clock: Clock,
+        out_of_memory: Callable[[], str],
+    ):
+        """
+        Args:
+            block: its number.
+            attempt: that of the coordinator.
+            device: what kind they train on.
+            actors: in the order of their seats.
+            clock: for the times of events.
+            out_of_memory: what to tell when a node had no memory left for one of them.
+        """
         self.block = block
         self.attempt = attempt
         self._device = device
         self._clock = clock
+        self._out_of_memory = out_of_memory
         self._members = [_Member(actor, actor.run.remote(), actor.place.remote()) for actor in actors]
         self._started = False
 
@@ -71,7 +90,11 @@ class WorkerGroup:
             # trouble: a dead process or node. If the actor is only out of reach, killing it makes sure that
             # it stays gone.
             node_id = "" if member.place is None else member.place.node_id
-            return [*events, WorkerDied(self._clock(), self.block, self.attempt, _cause(error), node_id)], True
+            reason = _cause(error)
+            if _OUT_OF_MEMORY in reason:
+                # Ray's own message is a page long, and knows nothing of blocks.
+                reason = f"Ray ended the worker's process, as its node ran low on memory; {self._out_of_memory()}"
+            return [*events, WorkerDied(self._clock(), self.block, self.attempt, reason, node_id)], True
         end = self._end_event()
         return (events, False) if end is None else ([*events, end], True)
 

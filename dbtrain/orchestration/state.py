@@ -85,6 +85,8 @@ class BlockStatus:
     """When all of them last answered, seconds."""
     moved_at: float = 0.0
     """When they last told a new step, seconds."""
+    reported: bool = False
+    """Whether they have told any step yet: the block is built."""
     leaving: str | None = None
     """Why the coordinator has asked them to leave."""
     trouble: str | None = None

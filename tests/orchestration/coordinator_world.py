@@ -45,6 +45,7 @@ class Attempt:
     answered: bool = False
     heard_at: float = 0.0
     moved_at: float = 0.0
+    reported: bool = False
     told_to_leave: bool = False
 
 
@@ -138,8 +139,11 @@ class World:
                     attempt.heard_at = attempt.moved_at = event.time
             case WorkerAlive():
                 attempt.heard_at = event.time
+                if not attempt.reported:
+                    attempt.moved_at = event.time
             case WorkerProgress():
                 attempt.heard_at = event.time
+                attempt.reported = attempt.answered
                 if event.step != self.told[block] or event.trouble is not None:
                     attempt.moved_at = event.time
                 attempt.step = self.told[block] = event.step

@@ -51,6 +51,13 @@ def test_a_worker_that_answers_but_gets_nowhere_is_killed_at_the_time_out() -> N
     assert state.blocks[0].reason == "the worker hangs: no new step for 1800 s"
 
 
+def test_building_a_block_may_take_longer_than_a_step() -> None:
+    state = running()
+    for time in range(50, 10_000, 50):  # shards are copied to the machine first, say
+        state, actions = feed(state, WorkerAlive(float(time), 0, 1), Tick(float(time)))
+        assert actions == []
+
+
 def test_a_worker_that_waits_for_room_on_a_disk_does_not_hang() -> None:
     state = running()
     for time in range(50, 10_000, 50):
