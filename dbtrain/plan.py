@@ -28,7 +28,7 @@ class NoiseRange(_Record):
 
 
 class Bytes(_Record):
-    """Bytes resident in one worker while it trains its block; activations are for one (micro-)batch."""
+    """Bytes resident in one worker while it trains its block; activations are for its share of one (micro-)batch."""
 
     parameters: int
     buffers: int
@@ -38,11 +38,14 @@ class Bytes(_Record):
     ema: int
     activations: int
     """Tensors that autograd keeps for the backward pass."""
+    gathered: int = 0
+    """With `resources.shard`: what FSDP2 gathers from the other replicas and has not reduced yet, at most."""
 
     @property
     def total(self) -> int:
         """All of them together."""
-        return self.parameters + self.buffers + self.gradients + self.optimiser + self.ema + self.activations
+        state = self.parameters + self.buffers + self.gradients + self.optimiser + self.ema
+        return state + self.activations + self.gathered
 
 
 class BlockPlan(_Record):

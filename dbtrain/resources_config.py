@@ -63,4 +63,6 @@ class ResourcesConfig(Section):
     def _consistent(self) -> ResourcesConfig:
         if self.shard and self.replicas == 1:
             raise ValueError("shard needs replicas above 1: there is nothing to share the weights with")
+        if self.replicas > 1 and 0.0 < self.gpus < 1.0:
+            raise ValueError(f"gpus {self.gpus:g} cannot be shared by replicas: NCCL wants a whole GPU for each")
         return self

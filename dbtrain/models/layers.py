@@ -117,6 +117,14 @@ def apply_layers(layers: Iterable[Callable[..., Any]], x: Any, *rest: Any, recom
     return x
 
 
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The layers of a module: what stands in its lists of modules, whichever they are; in lists inside these not."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
+    return found
+
+
 class _Kept(torch.autograd.Function):
     """The identity, in whose name autograd saves its input: what a checkpoint holds shows in saved-tensor hooks."""
 

@@ -19,6 +19,7 @@ from dbtrain.config import RunConfig
 from dbtrain.diffusion.codebook import digest
 from dbtrain.errors import CorruptData
 from dbtrain.models import Family, Piece, TrainableModule, family_of
+from dbtrain.models.layers import layers_of
 from dbtrain.plan import BlockPlan, Bytes, DatasetFacts, Kind, NoiseRange, Plan
 from dbtrain.training.stem import averages_stems, check_same_stems
 
@@ -165,10 +166,13 @@ def build_module(
 def _measure(family: Family, config: RunConfig, piece: Piece, codebook: Tensor | None) -> tuple[int, Bytes, int]:
     """Parameters of a piece, its bytes at the configured micro-batch, and FLOPs a sample."""
     module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
-    micro_batch = config.training.batch_size // config.training.accumulate
+    resources = config.resources
+    micro_batch = config.training.batch_size // config.training.accumulate // resources.replicas
     parameters = list(module.parameters())
     buffers = sum(b.numel() * b.element_size() for b in module.buffers())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
+    # DDP keeps all on every replica, and its buckets are the gradients themselves.
+    ways = resources.replicas if resources.shard else 1
+    weights = sum(_part_bytes(p, ways) for p in parameters)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         _loss(family, config, module, micro_batch).backward()  # type: ignore[no-untyped-call]
     return (
@@ -181,9 +185,28 @@ def _measure(family: Family, config: RunConfig, piece: Piece, codebook: Tensor |
             optimiser=2 * weights + 4 * len(parameters),
             ema=weights if config.ema.half_life > 0 else 0,
             activations=_activation_bytes(family, config, piece, codebook, micro_batch),
+            gathered=_gathered_bytes(module) if resources.shard else 0,
         ),
         int(counter.get_total_flops()) // micro_batch,
     )
+
+
+def _part_bytes(parameter: Tensor, ways: int) -> int:
+    """Bytes of the largest part when FSDP2 cuts a parameter along its first dimension."""
+    rows = parameter.shape[0] if parameter.dim() else 1
+    return math.ceil(rows / ways) * (parameter.numel() // max(rows, 1)) * parameter.element_size()
+
+
+def _gathered_bytes(module: TrainableModule) -> int:
+    """Most bytes of whole tensors that a replica holds beside its own parts, by FSDP2's scheme.
+
+    All that belongs to no layer, for the whole step; the layer in hand and the next one, fetched ahead; and the
+    gradients of one of these groups twice, as they were computed and as they are sent.
+    """
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers_of(module)]
+    rest = sum(p.numel() * p.element_size() for p in module.parameters()) - sum(layers)
+    ahead = sorted(layers)[-2:]
+    return rest + sum(ahead) + 2 * max(rest, *ahead, 0)
 
 
 def _activation_bytes(

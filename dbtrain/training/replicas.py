@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -19,12 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore  # public as torch.distributed.PrefixStore, but not to mypy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dbtrain.errors import NoRoom
 from dbtrain.models import Batch, Draw, TrainableModule
+from dbtrain.models.layers import layers_of
 from dbtrain.resources_config import ResourcesConfig
 from dbtrain.run_directory import BlockDirectory
 from dbtrain.training.checkpoint import CheckpointStore, Snapshot
@@ -80,9 +83,11 @@ class Replicas(Team):
         with warnings.catch_warnings():
             # The newer name of `broadcast_buffers` is not known to PyTorch 2.11.
             warnings.simplefilter("ignore", FutureWarning)
-            self._step = DistributedDataParallel(
+            self._step = averaging = DistributedDataParallel(
                 step, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
             )
+        # Left alone, DDP divides by 3 in another way in the first step after a start than in those that follow.
+        averaging.register_comm_hook(None, allreduce_hook)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """The mean loss of this replica's samples."""
@@ -213,10 +218,15 @@ class _SharedCheckpoints(CheckpointStore):
         super().__init__(block, attempt if replicas.leads else -1, keep, regular, room)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Replica 0 may have to wait for the checkpoint before; the others wait with it."""
+        """Replica 0 may have to wait for the checkpoint before; the others wait with it, and give up with it."""
+        no_room: NoRoom | None = None
         if self._replicas.leads:
-            super().save(snapshot)
-        self._replicas.meet()
+            try:
+                super().save(snapshot)
+            except NoRoom as error:
+                no_room = error
+        if self._replicas.mean(float(no_room is not None)) > 0.0:
+            raise no_room or NoRoom("replica 0 finds no room for a checkpoint")
 
     def load_latest(self) -> Snapshot | None:
         """One replica decides which checkpoint is the newest intact one."""
@@ -239,19 +249,12 @@ def _shard(step: _TrainingLoss, device: torch.device, replicas: int) -> nn.Modul
     Layers go to the device one by one, so that it never holds the whole block.
     """
     mesh = init_device_mesh(device.type, (replicas,))
-    for layer in _layers(step):
+    for layer in layers_of(step):
         fully_shard(layer, mesh=mesh)
         for name in getattr(layer, "called_in_training", ()):
             register_fsdp_forward_method(layer, name)
     fully_shard(step, mesh=mesh)
     return step
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of all lists of modules, those inside others first."""
-    for child in reversed(list(module.modules())):
-        if isinstance(child, nn.ModuleList):
-            yield from (layer for layer in child if not isinstance(layer, FSDPModule))
 
 
 def _header(snapshot: Snapshot | None) -> bytes:

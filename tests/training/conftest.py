@@ -10,10 +10,13 @@ import fsspec
 import pytest
 from checkpoint_states import Opener
 from pyarrow import fs
+from replica_groups import Replica, Start
 
-from dbtrain.run_directory import BlockDirectory
+from dbtrain.run_directory import BlockDirectory, RunDirectory
 from dbtrain.storage import ArrowStorage, Storage
 from dbtrain.training.checkpoint import CheckpointStore
+from dbtrain.training.meeting import MeetingPlace
+from dbtrain.training.seat import Seat
 
 
 @pytest.fixture
@@ -54,3 +57,33 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small tmpfs is not permitted here")
     yield where
     subprocess.run(["umount", str(where)], check=True)
+
+
+@pytest.fixture
+def start_replicas() -> Iterator[Start]:
+    """Starts the replicas of block 0, and ends what is left of them after the test."""
+    started: list[Replica] = []
+    meetings: list[MeetingPlace] = []
+
+    def start(
+        run: RunDirectory,
+        attempt: int = 1,
+        replicas: int = 2,
+        *,
+        until: int | None = None,
+        stop_at: int = -1,
+        poisoned: tuple[int, ...] = (),
+    ) -> list[Replica]:
+        """The last replica alone is asked to stop at its report of `stop_at`, and sees NaN in the steps `poisoned`."""
+        first = len(started)
+        # One a group: two runs of a test would find each other's attempts in the same store.
+        meetings.append(MeetingPlace("127.0.0.1"))
+        for number in range(replicas):
+            seat = Seat(number, replicas, meetings[-1].address, until)
+            started.append(Replica(run, attempt, seat, stop_at, poisoned))
+        return started[first:]
+
+    yield start
+    for replica in started:
+        replica.process.kill()
+        replica.process.join()

@@ -1,28 +1,67 @@
-"""One replica of a block in a process of its own, as a worker of a cluster would be, for test_replicas.py.
-
-Reads a JSON object of arguments from the command line; prints each report, and at the end the outcome, as lines of
-JSON.
-"""
+"""One replica of a block in a process of its own, as a worker of a cluster would be."""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 from dataclasses import asdict
+from multiprocessing.connection import Connection
+from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dbtrain.data.loader import BatchLoader
 from dbtrain.orchestration.session import BlockSession, Outcome
+from dbtrain.run_directory import RunDirectory
 from dbtrain.training.seat import Seat
+from dbtrain.training.trainer import BlockTrainer
 
 
-def main() -> None:
-    arguments = json.loads(sys.argv[1])
-    session = BlockSession(arguments["run"], 0, arguments["attempt"], Seat(**arguments["seat"]))
+def main(run: str, attempt: int, seat: Seat, stop_at: int, poisoned: tuple[int, ...], told: Connection) -> None:
+    """Train block 0 of a run; send each report's step, and at the end the outcome's fields."""
+    last = seat.replica == seat.replicas - 1
+    if last:
+        _poison(poisoned)
+    session = BlockSession(run, 0, attempt, seat)
     while not isinstance(report := session.advance(), Outcome):
-        print(json.dumps({"step": report.step, "loss": report.loss}), flush=True)
-        if report.step == arguments["stop_at"]:
+        told.send({"step": report.step})
+        if last and report.step == stop_at:
             session.request_stop()
-    print(json.dumps(asdict(report)), flush=True)
+    told.send(asdict(report))
+    # As a worker is ended: at once. A process group that lost a member would hold up an ordinary exit.
+    os._exit(0)
 
 
-if __name__ == "__main__":
-    main()
+def measure(run: str, seat: Seat, told: Connection) -> None:
+    """Train block 0 and send the bytes of what this replica holds, by the names of a plan's `Bytes`."""
+    trainer = BlockTrainer(RunDirectory.open(run), 0, 1, seat)
+    for _ in trainer.train():
+        pass
+    parameters = list(trainer.module.parameters())
+    held: dict[str, list[Tensor]] = {
+        "parameters": [p.detach() for p in parameters],
+        "buffers": list(trainer.module.buffers()),
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "optimiser": [value for fields in trainer.optimizer.state.values() for value in fields.values()],
+        "ema": [] if trainer.ema is None else list(trainer.ema.tensors().values()),
+    }
+    told.send({name: sum(map(_bytes, tensors)) for name, tensors in held.items()})
+    os._exit(0)
+
+
+def _bytes(tensor: Tensor) -> int:
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.numel() * own.element_size()
+
+
+def _poison(steps: tuple[int, ...]) -> None:
+    """Put a NaN into this process's images of some steps."""
+    read = BatchLoader.batch
+
+    def batch(self: BatchLoader, step: int) -> dict[str, Any]:
+        found: dict[str, Tensor] = read(self, step)
+        if step in steps:
+            found["image"][0] = float("nan")
+        return found
+
+    BatchLoader.batch = batch  # type: ignore[method-assign]

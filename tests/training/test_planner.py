@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from replica_groups import PROCESSES
+from replica_process import measure
 from small_runs import start_run, train_block
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.plan import Kind, Plan
+from dbtrain.training.meeting import MeetingPlace
 from dbtrain.training.planner import check_plan, make_plan
+from dbtrain.training.seat import Seat
 from dbtrain.training.trainer import BlockTrainer
 
 SmallConfig = Callable[..., RunConfig]
@@ -177,3 +181,38 @@ def test_a_gpu_that_is_not_there(small_config: SmallConfig, tmp_path: Path) -> N
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("shard", [False, True])
+def test_planned_bytes_of_a_replica(small_config: SmallConfig, tmp_path: Path, shard: bool) -> None:
+    """Replica 0 has the largest parts: its memory is what is planned."""
+    one = small_config(training={"steps": 3})
+    config = small_config(training={"steps": 3}, resources={"replicas": 2, "shard": shard})
+    run = start_run(config, tmp_path)
+    planned, alone = run.plan.blocks[0].bytes, make_plan(one).blocks[0].bytes
+    meeting = MeetingPlace("127.0.0.1")
+    pipes = [PROCESSES.Pipe(duplex=False) for _ in range(2)]
+    processes = [
+        PROCESSES.Process(target=measure, args=(run.uri, Seat(number, 2, meeting.address), told))
+        for number, (_, told) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        held = [ours.recv() for ours, _ in pipes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert held[0] == {name: getattr(planned, name) for name in held[0]}
+    assert planned.activations == make_plan(small_config(training={"batch_size": 8})).blocks[0].bytes.activations
+    if not shard:
+        assert held[1] == held[0]
+        assert planned == alone.model_copy(update={"activations": planned.activations})
+        return
+    # The parts together are the whole; step counters and buffers are on both.
+    for name in ("parameters", "gradients", "ema"):
+        assert held[0][name] + held[1][name] == getattr(alone, name)
+        assert held[1][name] <= held[0][name] < getattr(alone, name)
+    assert alone.gathered == 0 < planned.gathered <= 3 * alone.parameters
