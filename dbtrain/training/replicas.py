@@ -111,6 +111,12 @@ class Replicas(Team):
         dist.all_reduce(total, group=self._control)
         return float(total) / self._seat.replicas
 
+    def first(self, value: float) -> float:
+        """What replica 0 gives, on all of them."""
+        told = torch.tensor(value, dtype=torch.float64)
+        self._broadcast(told)
+        return float(told)
+
     def stop_agreed(self, asked: bool) -> bool:
         """Whether one of the replicas was asked before the step that is just over.
 
@@ -225,16 +231,22 @@ class _SharedCheckpoints(CheckpointStore):
                 super().save(snapshot)
             except NoRoom as error:
                 no_room = error
-        if self._replicas.mean(float(no_room is not None)) > 0.0:
+        self.durable_step = int(self._replicas.first(self.durable_step))
+        if self._replicas.first(float(no_room is not None)):
             raise no_room or NoRoom("replica 0 finds no room for a checkpoint")
 
     def load_latest(self) -> Snapshot | None:
         """One replica decides which checkpoint is the newest intact one."""
-        return self._replicas.hand_round(super().load_latest() if self._replicas.leads else None)
+        return self._shared(super().load_latest() if self._replicas.leads else None)
 
     def go_back(self, well_until: int) -> Snapshot | None:
         """As `load_latest`."""
-        return self._replicas.hand_round(super().go_back(well_until) if self._replicas.leads else None)
+        return self._shared(super().go_back(well_until) if self._replicas.leads else None)
+
+    def _shared(self, found: Snapshot | None) -> Snapshot | None:
+        snapshot = self._replicas.hand_round(found)
+        self.durable_step = 0 if snapshot is None else snapshot.step
+        return snapshot
 
 
 def is_of_communication(error: Exception) -> bool:
