@@ -108,6 +108,7 @@ def test_an_unknown_key_suggests_the_nearest(file: Path, override: str, expected
         ("blocks.split=[2,2,3]", ["blocks.split [2, 2, 3]", "3 blocks", "add up to 6"]),
         ("training.accumulate=3", ["training", "accumulate 3", "batch_size 128"]),
         ("noise.sigma_min=100", ["noise", "sigma_min 100.0", "below sigma_max 80.0"]),
+        ("resources={replicas: 2, gpus: 0.5}", ["resources", "gpus 0.5", "replicas", "whole GPU"]),
         ("data.cache=s3://bucket/cache", ["data.cache", "'s3://bucket/cache'", "folder of this machine"]),
         ("data.cache=''", ["data.cache", "''", "at least 1 character"]),
         ("chain.steps=2", ["chain.steps 2", "3 blocks"]),

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dbtrain.errors import NoRoom
 from dbtrain.models import Batch, Draw, TrainableModule
 from dbtrain.models.layers import layers_of
 from dbtrain.resources_config import ResourcesConfig
@@ -109,6 +110,12 @@ class Replicas(Team):
         total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total, group=self._control)
         return float(total) / self._seat.replicas
+
+    def first(self, value: float) -> float:
+        """What replica 0 gives, on all of them."""
+        told = torch.tensor(value, dtype=torch.float64)
+        self._broadcast(told)
+        return float(told)
 
     def stop_agreed(self, asked: bool) -> bool:
         """Whether one of the replicas was asked before the step that is just over.
@@ -217,18 +224,31 @@ class _SharedCheckpoints(CheckpointStore):
         super().__init__(block, attempt if replicas.leads else -1, keep, regular, room)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Replica 0 may have to wait for the checkpoint before; the others wait with it."""
+        """Replica 0 may have to wait for the checkpoint before; the others wait with it, and give up with it."""
+        no_room: NoRoom | None = None
         if self._replicas.leads:
-            super().save(snapshot)
-        self._replicas.meet()
+            try:
+                super().save(snapshot)
+            except NoRoom as error:
+                no_room = error
+        durable = int(self._replicas.first(self.durable_step))
+        if not self._replicas.leads:  # replica 0's own may have grown meanwhile
+            self.durable_step = durable
+        if self._replicas.first(float(no_room is not None)):
+            raise no_room or NoRoom("replica 0 finds no room for a checkpoint")
 
     def load_latest(self) -> Snapshot | None:
         """One replica decides which checkpoint is the newest intact one."""
-        return self._replicas.hand_round(super().load_latest() if self._replicas.leads else None)
+        return self._shared(super().load_latest() if self._replicas.leads else None)
 
     def go_back(self, well_until: int) -> Snapshot | None:
         """As `load_latest`."""
-        return self._replicas.hand_round(super().go_back(well_until) if self._replicas.leads else None)
+        return self._shared(super().go_back(well_until) if self._replicas.leads else None)
+
+    def _shared(self, found: Snapshot | None) -> Snapshot | None:
+        snapshot = self._replicas.hand_round(found)
+        self.durable_step = 0 if snapshot is None else snapshot.step
+        return snapshot
 
 
 def is_of_communication(error: Exception) -> bool:

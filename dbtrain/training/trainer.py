@@ -176,7 +176,8 @@ class BlockTrainer:
                     yield from self._wait_for_room(loss, rate)
                     self._save()
             except NoRoom:
-                break  # waiting ends when somebody wants the block to stop, and not before
+                self._stop = True  # whoever was asked: waiting ends when the block shall stop, and not before
+                break
             except NonFiniteError as error:
                 yield from self._wait_for_room(loss, rate)
                 self._roll_back(error)

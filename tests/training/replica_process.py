@@ -18,14 +18,14 @@ from dbtrain.training.trainer import BlockTrainer
 
 
 def main(run: str, attempt: int, seat: Seat, stop_at: int, poisoned: tuple[int, ...], told: Connection) -> None:
-    """Train block 0 of a run; send each report's step, and at the end the outcome's fields."""
+    """Train block 0 of a run; send each report's step, and at the end the outcome's fields. Trouble makes it stop."""
     last = seat.replica == seat.replicas - 1
     if last:
         _poison(poisoned)
     session = BlockSession(run, 0, attempt, seat)
     while not isinstance(report := session.advance(), Outcome):
         told.send({"step": report.step})
-        if last and report.step == stop_at:
+        if (last and report.step == stop_at) or report.trouble is not None:
             session.request_stop()
     told.send(asdict(report))
     # As a worker is ended: at once. A process group that lost a member would hold up an ordinary exit.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import os
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,3 +103,29 @@ def test_a_stop_that_one_hears_of_stops_all(family_config: FamilyConfig, tmp_pat
     assert ends == [("stopped", ends[0][1], "")] * 2
     assert 6 <= ends[0][1] <= 8
     assert checkpoint_steps(run.block(0))[-1] == ends[0][1]
+
+
+def test_a_full_disk_holds_up_all_and_lets_all_go(
+    family_config: FamilyConfig, small_disk: Path, start_replicas: Start
+) -> None:
+    """Replica 0 alone finds no room, and it alone is asked to stop."""
+    config = replicated(
+        family_config,
+        "vit",
+        blocks={"count": 4},
+        training={"steps": 24},
+        ema={"half_life": 0},
+        checkpoints={"every": 6, "keep": 1},
+    )
+    run = start_run(config, small_disk / "run")
+    assert [replica.outcome() for replica in start_replicas(run, until=6)] == [("stopped", 6, "")] * 2
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    # Enough for a claim and for metrics, and not for a checkpoint.
+    os.truncate(filler, filler.stat().st_size - 16384)
+    assert [replica.outcome() for replica in start_replicas(run, attempt=2)] == [("stopped", 6, "")] * 2
+    assert checkpoint_steps(run.block(0)) == [6]
+    filler.unlink()
+    finish(start_replicas(run, attempt=3))
