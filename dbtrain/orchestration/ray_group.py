@@ -13,6 +13,9 @@ from dbtrain.orchestration.ray_cluster import ray
 from dbtrain.orchestration.ray_worker import Place
 from dbtrain.orchestration.session import Outcome, event_of
 
+_LOST_PATIENCE = 5.0
+"""Seconds from the news that a member has lost the others until the group ends; the death of one of them, which says
+why, is heard of later."""
 _OUT_OF_MEMORY = "killed due to the node running low on memory"
 
 
@@ -57,6 +60,7 @@ class WorkerGroup:
         self._out_of_memory = out_of_memory
         self._members = [_Member(actor, actor.run.remote(), actor.place.remote()) for actor in actors]
         self._started = False
+        self._lost_at: float | None = None
 
     def ask(self) -> None:
         """Ask how it stands, unless some of the members still owe an answer: one that hangs shall be noticed."""
@@ -128,12 +132,17 @@ class WorkerGroup:
         return [event_of(reports[0], self._clock(), self.block, self.attempt)]
 
     def _end_event(self) -> WorkerEvent | None:
+        now = self._clock()
         outcomes = [member.outcome for member in self._members if member.outcome is not None]
+        lost = next((outcome for outcome in outcomes if outcome.kind == "lost"), None)
+        if lost is not None and self._lost_at is None:
+            self._lost_at = now
         chosen = next((outcome for outcome in outcomes if outcome.kind == "error"), None)
         if chosen is None and len(outcomes) == len(self._members):
-            # Who has lost the others is heard of first; why, tells the death of one of them.
-            chosen = next((outcome for outcome in outcomes if outcome.kind == "lost"), outcomes[0])
-        return None if chosen is None else event_of(chosen, self._clock(), self.block, self.attempt)
+            chosen = lost or outcomes[0]
+        if chosen is None and self._lost_at is not None and now - self._lost_at >= _LOST_PATIENCE:
+            chosen = lost
+        return None if chosen is None else event_of(chosen, now, self.block, self.attempt)
 
 
 def _ready(ref: Any) -> bool:

@@ -54,7 +54,8 @@ class BlockWorker:
                 session.request_stop()
         while not isinstance(report := session.advance(), Outcome):
             pass
-        print(f"dbtrain block {self._arguments[1]}: {report.kind} at step {report.step}", flush=True)
+        why = f": {report.reason}" if report.reason else ""
+        print(f"dbtrain block {self._arguments[1]}: {report.kind} at step {report.step}{why}", flush=True)
         return report
 
     @ray.method(concurrency_group="io")

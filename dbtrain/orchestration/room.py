@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dbtrain.orchestration.events import StartWorker, StopWorker
-from dbtrain.orchestration.state import ENDED, WAITING, BlockState, BlockStatus, CoordinatorState
+from dbtrain.orchestration.state import (
+    ENDED,
+    FAILURES_OF_A_NODE,
+    WAITING,
+    BlockState,
+    BlockStatus,
+    CoordinatorState,
+)
 
 
 class _Room:
@@ -14,6 +21,7 @@ class _Room:
     def __init__(self, state: CoordinatorState):
         self._state = state
         self._bad_nodes = state.avoided()
+        self._worse_nodes = state.avoided(FAILURES_OF_A_NODE + 1)
         self._free = state.slots - state.live
         self._taken = 0
         self._fits: dict[frozenset[str], int] = {}
@@ -37,9 +45,16 @@ class _Room:
 
     def place(self, block: BlockStatus) -> tuple[int, frozenset[str]]:
         """How many workers the block gets when there is room, and outside which nodes."""
-        # A node that is avoided is better than none, and a slow one better than a bad one.
+        # Where good nodes are full, a slow one will do, and a bad one gets one more chance: it may have been blamed for
+        # what was not its fault. Else a node that is avoided is better than none, but not better than to wait.
         slow = self._bad_nodes if block.slow_on is None else self._bad_nodes | {block.slow_on}
-        avoid = next((nodes for nodes in (slow, self._bad_nodes) if self.fits(nodes) > 0), frozenset[str]())
+        for nodes in (slow, self._bad_nodes, self._worse_nodes):
+            seats = _seats(block.replicas, self.fits(nodes))
+            if self.fits(nodes) > 0 and seats <= self.left(nodes):
+                return seats, nodes
+        avoid = next(
+            (nodes for nodes in (self._bad_nodes, self._worse_nodes) if self.fits(nodes) > 0), frozenset[str]()
+        )
         return _seats(block.replicas, self.fits(avoid)), avoid
 
     def slice_steps(self) -> int | None:

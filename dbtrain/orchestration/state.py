@@ -39,7 +39,8 @@ ENDED = frozenset({BlockState.FINISHED, BlockState.FAILED, BlockState.STOPPED})
 """States that a block does not leave."""
 
 FAILURES_OF_A_NODE = 2
-"""A node on which a block lost its worker so often is avoided by all blocks."""
+"""A node on which a block lost its worker so often is avoided by all blocks while others have room; once more, and it
+is avoided while there are others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +180,15 @@ class CoordinatorState:
         blocks[block.index] = block
         return replace(self, blocks=tuple(blocks))
 
-    def avoided(self) -> frozenset[str]:
-        """Nodes on which some block lost its worker twice."""
-        # The same node may have failed several blocks once each: that is how it looks when a raylet dies.
+    def avoided(self, failures: int = FAILURES_OF_A_NODE) -> frozenset[str]:
+        """Nodes on which one and the same block lost its worker so often."""
+        # Several blocks that lost one each say less: that is how it looks when a raylet dies.
         return frozenset(
             node
             for block in self.blocks
-            if len(block.failed_on) >= FAILURES_OF_A_NODE
+            if len(block.failed_on) >= failures
             for node, times in Counter(block.failed_on).items()
-            if times >= FAILURES_OF_A_NODE
+            if times >= failures
         )
 
 

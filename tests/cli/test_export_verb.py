@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import assert_refused, dbtrain, small_disk, tree, unchanged
+from command import assert_refused, dbtrain, tree, unchanged
+from small_disks import small_disk
 
 FILES = {"README.md", "config.json", "model.safetensors"}
 

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import Result, assert_refused, dbtrain, fill, overrides, resize, small_disk, tree, unchanged
+from command import Result, assert_refused, dbtrain, overrides, tree, unchanged
 from object_store import ObjectStore
+from small_disks import fill, resize, small_disk
 
 from dbtrain.data.manifest import Manifest
 

@@ -177,8 +177,12 @@ class World:
         self.tries[block] += 1
         assert self.tries[block] <= 1 + self.policy.max_restarts, "the budget is respected"
         assert self.state.blocks[block].replicas % action.replicas == 0, "replicas share a batch equally"
-        bad = {place for deaths in self.deaths for place, count in deaths.items() if count >= 2}
-        if sum(node.slots for node in self.nodes if node.id not in bad):
+        bad, worse = (
+            {place for deaths in self.deaths for place, count in deaths.items() if count >= least} for least in (2, 3)
+        )
+        if sum(node.slots for node in self.nodes if node.id not in worse):
+            assert worse <= action.avoid, "there are better nodes"
+        if self._left_outside(bad) >= self.state.blocks[block].replicas:
             assert bad <= action.avoid, "there is room on better nodes"
         assert action.avoid <= bad | self.slow[block], "for no reason"
         self.live[block] = Attempt(
@@ -199,6 +203,15 @@ class World:
         assert len(free) >= action.replicas, "no worker is started for which there is no room"
         turn = (action.block + action.attempt) % len(free)
         return tuple((free[turn:] + free[:turn])[: action.replicas])
+
+    def _left_outside(self, nodes: set[str]) -> int:
+        """Room for more workers outside some nodes, wherever those are that have not answered."""
+        fit = sum(node.slots for node in self.nodes if node.id not in nodes)
+        taken = sum(
+            len(attempt.places) if not attempt.answered else sum(place not in nodes for place in attempt.places)
+            for attempt in self.live.values()
+        )
+        return fit - taken
 
     def _told_to_leave(self, block: int, number: int, event: Event) -> None:
         attempt = self.live[block]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from feeding import feed, fresh, nodes_of, progress, started, states
 
@@ -130,10 +132,15 @@ def test_a_limit_holds_however_many_workers_fit() -> None:
 
 
 def test_replicas_that_could_be_anywhere_take_room_outside_an_avoided_node() -> None:
-    # The group's first worker answers from a; the other one may be on b, where block 1 wants to go.
-    blocks = [BlockStatus(0, replicas=2), BlockStatus(1, slow_on="a")]
-    state, actions = feed(fresh(blocks, slots={"a": 2, "b": 1}), Tick(0.0), started(1.0, 0, 1, "a"), Tick(2.0))
+    # The group's first worker answers from a; the other one may be on b, where block 1 has to go.
+    waiting = BlockStatus(1, state=BlockState.RESTARTING, retry_at=2.0)
+    state, actions = feed(
+        fresh([BlockStatus(0, replicas=2), waiting], slots={"a": 2, "b": 1}), Tick(0.0), started(1.0, 0, 1, "a")
+    )
     assert actions == [StartWorker(0, 1, replicas=2)]
+    state = state.put(replace(waiting, failed_on=("a", "a", "a")))
+    state, actions = feed(state, Tick(2.0))
+    assert actions == []
     state, actions = feed(state, WorkerFinished(3.0, 0, 1, 9))
     assert actions == [StartWorker(1, 1, avoid=frozenset({"a"}))]
 

@@ -14,6 +14,7 @@ from dbtrain.orchestration.events import (
     WorkerAlive,
     WorkerDied,
     WorkerError,
+    WorkerFinished,
     WorkerStopped,
 )
 from dbtrain.orchestration.state import BlockState, BlockStatus, CoordinatorState, Policy
@@ -157,9 +158,25 @@ def test_a_node_is_avoided_after_two_deaths_of_a_block() -> None:
 
 
 def test_all_blocks_avoid_it() -> None:
-    state = die(die(on_two_nodes(2), 1.0, "a"), 50.0, "b")
-    state, actions = feed(state, WorkerDied(95.0, 1, 1, "x"), Tick(99.0))
-    assert actions == []  # there is room on a alone
+    state = die(on_two_nodes(2), 1.0, "a")
+    state, _ = feed(state, WorkerDied(45.0, 0, 2, "x"), WorkerDied(45.0, 1, 1, "x"))
+    _, actions = feed(state, Tick(99.0))
+    assert actions[0] == StartWorker(0, 3, avoid=frozenset({"a"}))
+
+
+def test_a_node_gets_one_more_chance_where_others_are_full_and_no_second_one() -> None:
+    state = fresh([BlockStatus(0, failed_on=("a", "a")), BlockStatus(1)], slots=TWO_NODES)
+    state, actions = feed(state, Tick(0.0))
+    # Nobody knows yet where the first one went: for the second there is room on a alone.
+    assert actions == [StartWorker(0, 1, avoid=frozenset({"a"})), StartWorker(1, 1)]
+    state, _ = feed(state, started(1.0, 0, 1, "b"), started(1.0, 1, 1, "a"))
+    for time, attempt in ((2.0, 1), (20.0, 2), (40.0, 3)):
+        state, actions = feed(state, WorkerDied(time, 1, attempt, "x", "a"), Tick(time + 9.0))
+        if attempt < 3:
+            assert actions == [StartWorker(1, attempt + 1)]
+    assert actions == []
+    _, actions = feed(state, WorkerFinished(50.0, 0, 1, step=100))
+    assert actions == [StartWorker(1, 4, avoid=frozenset({"a"}))]
 
 
 def test_two_blocks_that_each_lost_one_worker_do_not_condemn_the_node() -> None:

@@ -115,7 +115,7 @@ def test_without_slices_nobody_makes_way() -> None:
 def test_room_on_a_node_that_is_avoided_is_no_room_for_all() -> None:
     blocks = [BlockStatus(0, failed_on=("a", "a")), BlockStatus(1)]
     _, actions = feed(fresh(blocks, slots={"a": 1, "b": 1}, policy=TURNS), Tick(0.0))
-    assert actions == [StartWorker(0, 1, until=10, avoid=frozenset({"a"}))]
+    assert actions == [StartWorker(0, 1, until=10, avoid=frozenset({"a"})), StartWorker(1, 1, until=10)]
 
 
 def play(state: CoordinatorState, lengths: dict[int, int]) -> int:
