@@ -280,7 +280,8 @@ class ArrowStorage(Storage):
         with _write_errors(self._uri_of(rel), every=True):
             if self._filesystem.type_name not in _FOLDERLESS:
                 self._filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
-            with self._filesystem.open_output_stream(path) as stream:
+            # Left alone, pyarrow would compress what is called .zst once more.
+            with self._filesystem.open_output_stream(path, compression=None) as stream:
                 stream.write(data)
 
     def append_line(self, rel: str, text: str) -> None:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,6 +105,8 @@ class BlockTrainer:
         self._rollbacks = Rollbacks()
         self._in_step = False
         self._stop = False
+        # Not a method: a cycle of references would keep the block in memory after its training, until it is found.
+        self._is_regular = partial(_is_regular, config.checkpoints.every, plan.steps)
         self._store = self._team.checkpoints(
             self._directory, attempt, config.checkpoints.keep, self._is_regular, self._room
         )
@@ -204,10 +207,6 @@ class BlockTrainer:
     def _cursor(self) -> int:
         """The step as everything random sees it."""
         return self.step + self._rollbacks.offset
-
-    def _is_regular(self, step: int) -> bool:
-        """Whether the step is saved whatever happens; others are saved when somebody wants the block to stop."""
-        return step % self.config.checkpoints.every == 0 or step == self.plan.steps
 
     def _wait_for_room(self, loss: float, rate: float) -> Iterator[Progress]:
         """Report while the checkpoint in flight does not come to its end."""
@@ -380,3 +379,8 @@ class BlockTrainer:
 
 def _rows(tensors: Batch, rows: slice) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in tensors.items()}
+
+
+def _is_regular(every: int, total: int, step: int) -> bool:
+    """Whether the step is saved whatever happens; others are saved when somebody wants the block to stop."""
+    return step % every == 0 or step == total

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 import threading
-from collections.abc import Callable
-from contextlib import closing
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +213,25 @@ def test_another_blocks_checkpoints(small_config: SmallConfig, tmp_path: Path) -
     shutil.copytree(tmp_path / "blocks/00/checkpoints", tmp_path / "blocks/01/checkpoints")
     with pytest.raises(CorruptData, match="another block"):
         BlockTrainer(run, 1, attempt=1)
+
+
+def test_a_block_leaves_memory_with_its_trainer(small_config: SmallConfig, tmp_path: Path) -> None:
+    """At once, and not when cycles of references are next looked for: in one process the next block comes right after."""
+    run = start_run(small_config(training={"steps": 2}), tmp_path)
+    with gc_off():
+        trainer = BlockTrainer(run, 0, 1)
+        weights = weakref.ref(trainer.module)
+        for _ in trainer.train():
+            pass
+        trainer.close()
+        del trainer
+        assert weights() is None
+
+
+@contextmanager
+def gc_off() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
