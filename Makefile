@@ -16,6 +16,8 @@ UV := $(or $(shell command -v uv),.uv/bin/uv)
 BIN := .venv/bin
 STAMP := .venv/.ready-$(TORCH)
 RUNS := runs/demo
+# Two files of tests at a time: many of them wait for processes.
+AT_ONCE := --numprocesses=2 --dist=loadfile
 
 .PHONY: help setup demo test slow lint types imports bench chaos simulate pins clean
 
@@ -57,10 +59,10 @@ demo: setup
 	@echo 'Done. Look at:  $(RUNS)/vit/figures/*.png  $(RUNS)/vit/model/  $(RUNS)/vit/events.jsonl'
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' $(AT_ONCE)
 
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(AT_ONCE)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -216,7 +216,7 @@ def test_another_blocks_checkpoints(small_config: SmallConfig, tmp_path: Path) -
 
 
 def test_a_block_leaves_memory_with_its_trainer(small_config: SmallConfig, tmp_path: Path) -> None:
-    """At once, and not when cycles of references are next looked for: in one process the next block comes right after."""
+    """At once, not when cycles of references are next looked for: in one process the next block comes right after."""
     run = start_run(small_config(training={"steps": 2}), tmp_path)
     with gc_off():
         trainer = BlockTrainer(run, 0, 1)
