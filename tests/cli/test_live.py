@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command import assert_refused, dbtrain, finish, start, unchanged
+from run_journal import events
 
 from dbtrain.config import RunConfig
 
@@ -26,15 +25,6 @@ def endless(small_config: Callable[..., RunConfig], tmp_path_factory: pytest.Tem
     path = tmp_path_factory.mktemp("endless") / "endless.yaml"
     path.write_text(config.to_yaml())
     return path
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [line for line in found if line["event"] == name]
 
 
 @pytest.fixture

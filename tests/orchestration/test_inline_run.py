@@ -4,10 +4,10 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from run_journal import events
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
@@ -41,10 +41,6 @@ def states(result: RunResult) -> list[str]:
     return [block.state.value for block in result.blocks]
 
 
-def journal(path: Path, name: str) -> list[dict[str, Any]]:
-    return [line for line in RunDirectory.open(path).events() if line["event"] == name]
-
-
 def damage_checkpoints(path: Path, block: int, newest_only: bool = False) -> None:
     files = sorted((path / f"blocks/{block:02d}/checkpoints").glob("step-*/model.safetensors*"))
     for file in files[-1:] if newest_only else files:
@@ -72,10 +68,10 @@ def test_a_run_trains_every_block_and_tells_it(tmp_path: Path, make_config: Make
     }
     assert torch.get_num_threads() == before + 2
     torch.set_num_threads(before)
-    assert [line["block"] for line in journal(tmp_path, "block_starting")] == [2, 0, 1]
-    running = journal(tmp_path, "block_running")[0]
+    assert [line["block"] for line in events(tmp_path, "block_starting")] == [2, 0, 1]
+    running = events(tmp_path, "block_running")[0]
     assert (running["pid"], running["attempt"], running["device"]) == (os.getpid(), 1, "cpu")
-    assert journal(tmp_path, "run_ended")[-1]["blocks"] == {"0": "finished", "1": "finished", "2": "finished"}
+    assert events(tmp_path, "run_ended")[-1]["blocks"] == {"0": "finished", "1": "finished", "2": "finished"}
     assert RunDirectory.open(tmp_path).block(0).metrics()[-1]["step"] == 30
 
 
@@ -118,7 +114,7 @@ def test_stop_and_start_again_give_the_same_bytes(
 
     result = train_run(make_config(), tmp_path, order=[1, 0, 2])
     assert result.ok
-    assert [line["attempt"] for line in journal(tmp_path, "block_starting") if line["block"] == 1] == [1, 2]
+    assert [line["attempt"] for line in events(tmp_path, "block_starting") if line["block"] == 1] == [1, 2]
     assert digest_of(tmp_path) == undisturbed
 
 
@@ -139,7 +135,7 @@ def test_a_second_signal_leaves_at_once_and_the_run_can_go_on(
 
     with pytest.raises(KeyboardInterrupt):
         train_run(make_config(), tmp_path, watch=At(0, 10, twice))
-    assert journal(tmp_path, "run_interrupted")
+    assert events(tmp_path, "run_interrupted")
     assert train_run(make_config(), tmp_path).ok
     assert digest_of(tmp_path) == undisturbed
 
@@ -153,7 +149,7 @@ def test_a_block_whose_code_fails_is_given_up_and_the_others_go_on(tmp_path: Pat
     assert states(result) == ["failed", "finished", "finished"]
     assert result.blocks[0].restarts == 1
     assert "all checkpoints of block 0 are damaged" in str(result.blocks[0].reason)
-    failed = journal(tmp_path, "block_failed")[0]
+    failed = events(tmp_path, "block_failed")[0]
     assert failed["reason"] == result.blocks[0].reason
     assert "Traceback" in failed["traceback"]
     assert not result.stopped
@@ -167,7 +163,7 @@ def test_a_finished_block_with_a_damaged_checkpoint_is_trained_from_the_one_befo
     with pytest.warns(UserWarning, match="damaged checkpoint"):
         result = train_run(make_config(), tmp_path)
     assert result.ok
-    assert [line["block"] for line in journal(tmp_path, "block_starting")] == [0, 1, 2, 1]
+    assert [line["block"] for line in events(tmp_path, "block_starting")] == [0, 1, 2, 1]
     assert digest_of(tmp_path) == undisturbed
 
 
@@ -177,7 +173,7 @@ def test_an_attempt_that_was_started_and_never_claimed_is_not_given_out_again(
     stop = StopToken()
     stop.request()  # leaves a run in which nothing has happened
     assert states(train_run(make_config(), tmp_path, stop=stop)) == ["stopped"] * 3
-    RunDirectory.open(tmp_path).journal({"event": "block_starting", "block": 1, "attempt": 7})
+    RunDirectory.open(tmp_path).events({"event": "block_starting", "block": 1, "attempt": 7})
     train_run(make_config(), tmp_path)
     assert RunDirectory.open(tmp_path).block(1).current_attempt() == 8
 

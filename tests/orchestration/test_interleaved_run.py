@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from run_journal import events
 
 from dbtrain.assembly.assemble import assemble
 from dbtrain.assembly.loading import load_model
@@ -22,10 +22,6 @@ from dbtrain.run_directory import RunDirectory
 
 MakeConfig = Callable[..., RunConfig]
 DigestOf = Callable[[Path], str]
-
-
-def journal(path: Path, name: str) -> list[dict[str, Any]]:
-    return [line for line in RunDirectory.open(path).events() if line["event"] == name]
 
 
 class StopWhen:
@@ -45,12 +41,12 @@ def test_blocks_take_turns_and_give_the_same_bytes(
     assert train_run(make_config(), tmp_path / "plain").ok
     # Slices end where no checkpoint is due.
     assert train_run(make_config(resources={"interleave": 12}), tmp_path / "turns").ok
-    starts = journal(tmp_path / "turns", "block_starting")
+    starts = events(tmp_path / "turns", "block_starting")
     assert [(line["block"], line.get("until")) for line in starts] == [
         (0, 12), (1, 12), (2, 12), (0, 24), (1, 24), (2, 24), (0, 36), (1, 36), (2, None),
     ]  # fmt: skip
     assert {line["restarts"] for line in starts} == {0}
-    assert [line["step"] for line in journal(tmp_path / "turns", "block_paused")] == [12, 12, 12, 24, 24, 24]
+    assert [line["step"] for line in events(tmp_path / "turns", "block_paused")] == [12, 12, 12, 24, 24, 24]
     assert digest_of(tmp_path / "turns") == digest_of(tmp_path / "plain")
 
 

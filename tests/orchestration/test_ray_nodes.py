@@ -7,10 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from local_cluster import LocalCluster, bare_cluster, local_cluster, wait_for
+from run_journal import events
 
 from dbtrain.config import RunConfig
 from dbtrain.orchestration.run import train_run
@@ -40,15 +40,6 @@ def start(cluster: LocalCluster, config: RunConfig, run: Path) -> subprocess.Pop
         text=True,
         env=cluster.environment(),
     )
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [line for line in found if line["event"] == name]
 
 
 def test_nodes_join_and_leave_in_mid_run(

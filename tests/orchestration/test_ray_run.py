@@ -6,9 +6,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from run_journal import events
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
@@ -53,10 +53,6 @@ def command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
 
 
-def journal(path: Path, name: str) -> list[dict[str, Any]]:
-    return [line for line in RunDirectory.open(path).events() if line["event"] == name]
-
-
 def test_a_worker_killed_in_training_resumes_and_nobody_else_notices(
     cluster: Cluster,
     tmp_path: Path,
@@ -79,7 +75,7 @@ def test_a_worker_killed_in_training_resumes_and_nobody_else_notices(
     assert result.ok
     assert [block.restarts for block in result.blocks] == [0, 1, 0]
     assert all(text.startswith("ray::BlockWorker") for text in commands)
-    restarting = journal(tmp_path, "block_restarting")
+    restarting = events(tmp_path, "block_restarting")
     assert [line["block"] for line in restarting] == [1]
     assert "the worker's process died" in restarting[0]["reason"]
     steps = [line["step"] for line in RunDirectory.open(tmp_path).block(1).metrics() if line["attempt"] == 2]
@@ -100,9 +96,9 @@ def test_more_blocks_than_slots_are_a_queue_and_each_worker_says_who_it_is(
     config = make_config(resources={"workers": 1})
     assert train_run(config, tmp_path, backend="ray", order=[2, 1, 0], watch=Watch(look)).ok
     assert most == 1
-    assert [line["block"] for line in journal(tmp_path, "block_starting")] == [2, 1, 0]
+    assert [line["block"] for line in events(tmp_path, "block_starting")] == [2, 1, 0]
     assert cluster.log_folder is not None
-    for line in journal(tmp_path, "block_running"):
+    for line in events(tmp_path, "block_running"):
         block, pid = line["block"], line["pid"]
         logs = [file.read_text() for file in Path(cluster.log_folder).glob(f"worker-*-{pid}.out")]
         assert any(f"dbtrain run {tmp_path} block {block} attempt 1 process {pid}\n" in log for log in logs)
@@ -152,7 +148,7 @@ def test_an_error_in_a_worker_fails_its_block_with_the_reason_and_the_others_go_
     assert [block.state.value for block in result.blocks] == ["finished", "failed", "finished"]
     assert result.blocks[1].restarts == 1
     assert "all checkpoints of block 1 are damaged" in str(result.blocks[1].reason)
-    assert "CorruptData" in journal(tmp_path, "block_failed")[0]["traceback"]
+    assert "CorruptData" in events(tmp_path, "block_failed")[0]["traceback"]
 
 
 @pytest.mark.slow
@@ -170,7 +166,7 @@ def test_a_hung_worker_holds_nobody_up(cluster: Cluster, tmp_path: Path, make_co
     result = train_run(make_config(training=LONG), tmp_path, backend="ray", watch=Watch(look))
     assert result.ok
     assert [block.restarts for block in result.blocks] == [0, 0, 0]
-    assert journal(tmp_path, "block_finished")[-1]["block"] == 0
+    assert events(tmp_path, "block_finished")[-1]["block"] == 0
 
 
 def test_a_worker_that_hangs_is_killed_and_its_block_goes_on(
@@ -188,7 +184,7 @@ def test_a_worker_that_hangs_is_killed_and_its_block_goes_on(
     result = train_run(config, tmp_path, backend="ray", watch=Watch(look))
     assert result.ok
     assert [block.restarts for block in result.blocks] == [0, 1, 0]
-    assert journal(tmp_path, "block_restarting")[0]["reason"] == "the worker hangs: no answer for 2 s"
+    assert events(tmp_path, "block_restarting")[0]["reason"] == "the worker hangs: no answer for 2 s"
     assert digest_of(tmp_path) == undisturbed
 
 

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from local_cluster import wait_for
+from run_journal import events
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
@@ -32,15 +32,6 @@ def start(config: RunConfig, run: Path) -> subprocess.Popen[str]:
     recipe.write_text(config.to_yaml())
     command = [DBTRAIN, "train", recipe, "--run", run, "--json"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [line for line in found if line["event"] == name]
 
 
 def attempts_that_trained(run: Path, block: int) -> set[int]:
