@@ -173,7 +173,7 @@ def test_an_attempt_that_was_started_and_never_claimed_is_not_given_out_again(
     stop = StopToken()
     stop.request()  # leaves a run in which nothing has happened
     assert states(train_run(make_config(), tmp_path, stop=stop)) == ["stopped"] * 3
-    RunDirectory.open(tmp_path).events({"event": "block_starting", "block": 1, "attempt": 7})
+    RunDirectory.open(tmp_path).journal({"event": "block_starting", "block": 1, "attempt": 7})
     train_run(make_config(), tmp_path)
     assert RunDirectory.open(tmp_path).block(1).current_attempt() == 8
 
