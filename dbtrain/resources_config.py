@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from dbtrain.model_config import Section
 
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+
 
 class ResourcesConfig(Section):
     """What one worker gets. Only `threads` and `device` touch the trained bytes; the rest is placement.
@@ -62,6 +64,11 @@ class ResourcesConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ResourcesConfig:
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus {self.gpus:g} has to be a whole number, or below 1: a part of one GPU")
+        ours = [name for name in self.custom if name in _RAYS_OWN or name.startswith(("node:", "accelerator_type:"))]
+        if ours:
+            raise ValueError(f"custom {ours[0]!r} is Ray's own name; use the fields cpus, gpus and accelerator")
         if self.shard and self.replicas == 1:
             raise ValueError("shard needs replicas above 1: there is nothing to share the weights with")
         if self.replicas > 1 and 0.0 < self.gpus < 1.0:

@@ -68,8 +68,10 @@ class BlockDirectory:
         Raises:
             StaleAttempt: the block belongs to a newer attempt already.
         """
-        self.check_fence(attempt)
-        self.storage.write_atomic(ATTEMPT, (json.dumps({"attempt": attempt}) + "\n").encode())
+        # Nobody may claim between the look and the claim, or a late one would open the fence again.
+        with self.storage.alone():
+            self.check_fence(attempt)
+            self.storage.write_atomic(ATTEMPT, (json.dumps({"attempt": attempt}) + "\n").encode())
 
     def current_attempt(self) -> int:
         """The newest attempt that claimed the block; 0 before the first."""

@@ -88,6 +88,10 @@ class Storage(ABC):
         """The folder as a path of this machine; None on other filesystems."""
         return None
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep others who ask for the same waiting, where the folder's filesystem has locks; the folder is made."""
+        return contextlib.nullcontext()
+
     @abstractmethod
     def read_bytes(self, rel: str) -> bytes:
         """The content of a file. Raises FileNotFoundError when there is none."""
@@ -171,6 +175,13 @@ class LocalStorage(Storage):
     @property
     def local_path(self) -> Path | None:
         return self._root
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with _write_errors(self._root):
+            make_folder(self._root)
+        with one_at_a_time(self._root):
+            yield
 
     def read_bytes(self, rel: str) -> bytes:
         return self._retried((self._root / rel).read_bytes, rel)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from dbtrain.config import Section
 from dbtrain.config_file import differences, load_config, parse_config
 from dbtrain.errors import UserError
+from dbtrain.resources_config import ResourcesConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -345,3 +346,17 @@ def test_every_field_says_what_it_is() -> None:
         if not field.description
     ]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"gpus": 1.5}, "gpus 1.5 has to be a whole number"),
+        ({"custom": {"GPU": 1}}, "Ray's own name"),
+        ({"custom": {"node:10.0.0.1": 1}}, "Ray's own name"),
+        ({"shard": True}, "shard needs replicas above 1"),
+    ],
+)
+def test_resources_that_ray_would_refuse(resources: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResourcesConfig.model_validate(resources)

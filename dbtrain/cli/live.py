@@ -38,19 +38,19 @@ def scale(
     timeout: Patience = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Give a block of a live run, or all of them, another number of workers; the other blocks notice nothing."""
+    """Give a block of a live run, or all that train, another number of workers; the other blocks notice nothing."""
     from dbtrain.orchestration.requests import new_request
     from dbtrain.run_directory import RunDirectory
 
     wanted = _parse(settings)
     directory = RunDirectory.open(run)
-    blocks = [wanted["block"]] if "block" in wanted else list(range(len(directory.plan.blocks)))
+    blocks = [wanted["block"]] if "block" in wanted else []
     replicas = wanted["replicas"]
     _ask(directory, new_request("scale", blocks, replicas), timeout)
     if as_json:
-        emit_json({"run": directory.uri, "blocks": blocks, "replicas": replicas})
+        emit_json({"run": directory.uri, "blocks": blocks or "all", "replicas": replicas})
         return
-    which = f"block {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} blocks"
+    which = f"block {blocks[0]}" if blocks else "all blocks"
     typer.echo(f"scaling {which} to {replicas} worker{'' if replicas == 1 else 's'}: {directory.uri}")
 
 

@@ -177,7 +177,7 @@ def _look_after(state: CoordinatorState, time: float) -> tuple[CoordinatorState,
     """Kill workers that took too long for something, and look for slow ones."""
     actions: list[Action] = []
     for block in state.blocks:
-        if (reason := overdue(block, state.policy, time)) is not None:
+        if (reason := overdue(block, state.policy, time, state.stopping)) is not None:
             actions.append(KillWorker(block.index, block.attempt))
             state = state.put(_lose(_blame(block, block.node_id), reason, time, state))
     state, slow = weigh(state, time)

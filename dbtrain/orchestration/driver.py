@@ -23,7 +23,7 @@ from dbtrain.orchestration.events import (
     Tick,
 )
 from dbtrain.orchestration.journal import Journal, describe
-from dbtrain.orchestration.requests import ANSWER, Request, collect, why_not_scale
+from dbtrain.orchestration.requests import ANSWER, Request, collect, named_blocks, why_not_scale
 from dbtrain.orchestration.state import BlockStatus, CoordinatorState
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.plan import Plan
@@ -33,6 +33,8 @@ POLL_SECONDS = 0.25
 """How long the loop waits for news, at most."""
 NODES_EVERY = 2.0
 """Seconds between two looks at which nodes there are."""
+AWAY = 5.0
+"""Seconds between two turns of the loop that say that it was held up."""
 REQUESTS_EVERY = 1.0
 """Seconds between two looks at what is asked for in the run directory."""
 
@@ -76,7 +78,9 @@ class Driver:
         self._watch = watch
         self._clock = clock
         self._journal = Journal(run)
-        self._next_nodes = self._next_requests = clock()
+        self._next_nodes = self._next_requests = self._last_turn = clock()
+        self._away = False
+        self._answered: set[str] = set()
 
     def loop(self) -> CoordinatorState:
         """Run to the end; the journal gets a line for the start, every change of a block, and the end."""
@@ -93,6 +97,7 @@ class Driver:
             }
         )
         self._show()
+        collect(self._run.storage)  # what was asked of an earlier driver
         try:
             self._apply(Tick(self._clock()))
             while not self._state.done:
@@ -103,10 +108,9 @@ class Driver:
                     self._apply(StopRequested(self._clock()))
                 for event in events:
                     self._apply(event)
+                if not self._was_away():
+                    self._apply(Tick(self._clock()))
                 self._look_around()
-                # After the events: answers that came while this process slept have to be heard before anybody is
-                # taken to hang.
-                self._apply(Tick(self._clock()))
         except BaseException as error:
             # The journal may be what failed; the first error is the one to tell.
             with contextlib.suppress(UserError):
@@ -115,6 +119,16 @@ class Driver:
         self._journal.write({"event": "run_ended", "blocks": {str(b.index): b.state.value for b in self._state.blocks}})
         self._journal.close()
         return self._state
+
+    def _was_away(self) -> bool:
+        """Whether this process itself did nothing for a while, held up by its storage or frozen.
+
+        Then all have to be asked once more before anybody is taken to hang.
+        """
+        now = self._clock()
+        away, self._last_turn = now - self._last_turn > AWAY and not self._away, now
+        self._away = away
+        return away
 
     def _look_around(self) -> None:
         """Now and then: which nodes there are, and what somebody asks for."""
@@ -128,7 +142,9 @@ class Driver:
         if now >= self._next_requests:
             self._next_requests = now + REQUESTS_EVERY
             for request in collect(self._run.storage):
-                self._answer(request)
+                if request.id not in self._answered:
+                    self._answered.add(request.id)
+                    self._answer(request)
             self._journal.flush()
 
     def _answer(self, request: Request) -> None:
@@ -143,8 +159,9 @@ class Driver:
         if reason is not None:
             self._journal.write({**line, "done": False, "reason": reason})
             return
-        self._journal.write({**line, "done": True, "blocks": list(request.blocks), "replicas": request.replicas})
-        for block in request.blocks:
+        blocks = named_blocks(self._state, request)
+        self._journal.write({**line, "done": True, "blocks": list(blocks), "replicas": request.replicas})
+        for block in blocks:
             self._apply(ScaleRequested(self._clock(), block, request.replicas))
 
     def _apply(self, event: Event) -> None:

@@ -15,12 +15,14 @@ FEWEST = 3
 """Of fewer workers none is called slow: there is no telling which of them is unusual."""
 
 
-def overdue(block: BlockStatus, policy: Policy, time: float) -> str | None:
+def overdue(block: BlockStatus, policy: Policy, time: float, stopping: bool) -> str | None:
     """Why the block's workers have to be given up now; None while all is well."""
     if block.state is BlockState.STARTING and time - block.since >= policy.start_timeout:
         return f"the worker did not start within {policy.start_timeout:g} s"
     if block.state is not BlockState.RUNNING:
         return None
+    if stopping and not block.reported and time - block.since >= policy.start_timeout:
+        return "the worker was still building its block when the run was to stop"  # there is nothing to save
     if time - block.heard_at >= policy.heartbeat_timeout:
         return f"the worker hangs: no answer for {policy.heartbeat_timeout:g} s"
     if time - block.moved_at >= policy.step_timeout:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dbtrain.errors import NoRoom
+from dbtrain.errors import NoRoom, UserError
 from dbtrain.orchestration.events import Event, WorkerError
 from dbtrain.orchestration.state import LIVE, BlockState, BlockStatus
 from dbtrain.run_directory import RunDirectory
@@ -15,17 +15,18 @@ _log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Appends to events.jsonl. A full disk holds lines back, and nobody up: they are written when there is room."""
+    """Appends to events.jsonl. A full disk, or storage that is away, holds lines back and nobody up."""
 
     def __init__(self, run: RunDirectory):
         self._run = run
         self._held: list[Mapping[str, Any]] = []
+        self._begun = False
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, behind those that are held back.
 
         Raises:
-            UserError: the run directory can no longer be written, for another reason than a full disk.
+            UserError: not even the first line can be written, for another reason than a full disk.
         """
         self._held.append(line)
         self.flush()
@@ -36,17 +37,20 @@ class Journal:
         while self._held:
             try:
                 self._run.journal(self._held[0])
-            except NoRoom as error:
+            except UserError as error:
+                if not self._begun and not isinstance(error, NoRoom):
+                    raise
                 if first_time:
-                    _log.warning("the journal waits for room: %s", error)
+                    _log.warning("the journal cannot be written just now: %s", error)
                 return
+            self._begun = True
             del self._held[0]
 
     def close(self) -> None:
         """Write what is held back, or say that it is lost: the run itself does not depend on it."""
         self.flush()
         if self._held:
-            _log.warning("no room for the last %d lines of the journal", len(self._held))
+            _log.warning("the last %d lines of the journal could not be written", len(self._held))
 
 
 def describe(before: BlockStatus, after: BlockStatus, event: Event) -> Iterator[dict[str, Any]]:

@@ -66,8 +66,15 @@ def check_room(machines: Sequence[Machine], resources: ResourcesConfig, nodes: S
 
 
 def _fit(has: Mapping[str, float], demand: Mapping[str, float], enough: int) -> int:
-    counts = [math.floor(has.get(name, 0.0) / need + _EPSILON) for name, need in demand.items() if need > 0]
+    counts = [_times(name, has.get(name, 0.0), need) for name, need in demand.items() if need > 0]
     return min([enough, *counts])
+
+
+def _times(name: str, has: float, need: float) -> int:
+    """How often `need` can be taken; a part of a GPU has to be of one."""
+    if name == "GPU" and need < 1:
+        return math.floor(has + _EPSILON) * math.floor(1 / need + _EPSILON)
+    return math.floor(has / need + _EPSILON)
 
 
 def _has_type(machine: Machine, resources: ResourcesConfig) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ ANSWER = "request_answered"
 """Name of the journal's line about a request."""
 _POLL_SECONDS = 0.1
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -34,7 +37,7 @@ class Request:
     id: str
     kind: Literal["stop", "scale"]
     blocks: tuple[int, ...] = ()
-    """For `scale`: which."""
+    """For `scale`: which; none for all that have not ended."""
     replicas: int = 0
     """For `scale`: how many workers each."""
 
@@ -71,14 +74,16 @@ def ask(run: RunDirectory, request: Request, patience: float) -> Answer:
     before = len(run.events())
     run.storage.write_atomic(name, (json.dumps(asdict(request)) + "\n").encode())
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        for line in run.events()[before:]:
-            if line["event"] == ANSWER and line["request"] == request.id:
-                return Answer(line["done"], line.get("reason"))
-        if not driver_at_work(run.storage):
-            break
-        time.sleep(_POLL_SECONDS)
-    run.storage.remove_tree(name)
+    try:
+        while time.monotonic() < deadline:
+            for line in run.events()[before:]:
+                if line["event"] == ANSWER and line["request"] == request.id:
+                    return Answer(line["done"], line.get("reason"))
+            if not driver_at_work(run.storage):
+                break
+            time.sleep(_POLL_SECONDS)
+    finally:
+        run.storage.remove_tree(name)
     if not driver_at_work(run.storage):
         raise nobody
     raise UserError(
@@ -87,15 +92,25 @@ def ask(run: RunDirectory, request: Request, patience: float) -> Answer:
 
 
 def collect(storage: Storage) -> list[Request]:
-    """Take all requests out of the run directory, oldest name first; what is not one is thrown away."""
+    """Take all requests out of the run directory, oldest name first; what is not one is thrown away.
+
+    A request of another user may stay, and come again. A directory that cannot be read just now holds none: a run does
+    not end because nobody can be heard.
+    """
     requests = []
-    for name in storage.list(FOLDER):
+    try:
+        names = storage.list(FOLDER)
+    except OSError as error:
+        _log.warning("requests cannot be read just now: %s", error)
+        return []
+    for name in names:
         if not name.endswith(".json"):
             continue  # somebody is writing it
         path = f"{FOLDER}/{name}"
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             requests.append(_parse(json.loads(storage.read_bytes(path))))
-        storage.remove_tree(path)
+        with contextlib.suppress(OSError, UserError):
+            storage.remove_tree(path)
     return requests
 
 
@@ -103,6 +118,11 @@ def _parse(raw: dict[str, Any]) -> Request:
     if raw["kind"] not in ("stop", "scale"):
         raise ValueError(raw["kind"])
     return Request(str(raw["id"]), raw["kind"], tuple(map(int, raw["blocks"])), int(raw["replicas"]))
+
+
+def named_blocks(state: CoordinatorState, request: Request) -> tuple[int, ...]:
+    """The blocks that a `scale` request is about: those it names, or all that have not ended."""
+    return request.blocks or tuple(block.index for block in state.blocks if block.state not in ENDED)
 
 
 def why_not_scale(config: RunConfig, state: CoordinatorState, request: Request) -> str | None:
@@ -121,7 +141,7 @@ def why_not_scale(config: RunConfig, state: CoordinatorState, request: Request) 
         return "a block whose stem is averaged has one worker"
     if config.resources.gpus % 1 and request.replicas > 1:
         return f"workers that train a block together need whole GPUs, and resources.gpus is {config.resources.gpus:g}"
-    blocks = [state.blocks[index] for index in request.blocks]
+    blocks = [state.blocks[index] for index in named_blocks(state, request)]
     if ended := [block for block in blocks if block.state in ENDED]:
         return f"block {ended[0].index} is {ended[0].state}"
     free = state.slots - state.live

@@ -111,6 +111,10 @@ class Replicas(Team):
         dist.all_reduce(total, group=self._control)
         return float(total) / self._seat.replicas
 
+    def all_agree(self, here: bool) -> bool:
+        """Whether it holds for every replica."""
+        return self.mean(float(here)) == 1.0
+
     def first(self, value: float) -> float:
         """What replica 0 gives, on all of them."""
         told = torch.tensor(value, dtype=torch.float64)

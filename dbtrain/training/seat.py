@@ -16,4 +16,4 @@ class Seat:
     meeting: str | None = None
     """host:port of the run's store, where workers that have to talk find each other; None where nobody has to."""
     until: int | None = None
-    """Step at which to save and leave although training is not over, at the end of a time slice."""
+    """Step after which to leave although training is not over, with the next checkpoint that is due."""

@@ -45,6 +45,10 @@ class Team:
         """The mean of a number over the workers, each of whom has to ask."""
         return value
 
+    def all_agree(self, here: bool) -> bool:
+        """Whether something holds for every worker, each of whom has to ask."""
+        return here
+
     def stop_agreed(self, asked: bool) -> bool:
         """Whether all workers leave before the step that is next; each has to say before each step if it was asked."""
         return asked

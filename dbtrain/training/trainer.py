@@ -152,7 +152,11 @@ class BlockTrainer:
             UserError: a checkpoint could not be written.
         """
         total = self.plan.steps
-        end = total if self.seat.until is None else min(self.seat.until, total)
+        end = total
+        if self.seat.until is not None:
+            # At a step that is saved in any case: what is found out when saving must not depend on time slices.
+            every = self.config.checkpoints.every
+            end = min(total, -(-self.seat.until // every) * every)
         yield self._progress(float("nan"), 0.0)
         since, started = self.step, time.perf_counter()
         loss = rate = float("nan")
@@ -175,7 +179,7 @@ class BlockTrainer:
             try:
                 if telling:
                     self._guard.check(self.index)
-                if self._is_regular(self.step) or self.step == end:
+                if self._is_regular(self.step):
                     yield from self._wait_for_room(loss, rate)
                     self._save()
             except NoRoom:
@@ -210,7 +214,7 @@ class BlockTrainer:
 
     def _wait_for_room(self, loss: float, rate: float) -> Iterator[Progress]:
         """Report while the checkpoint in flight does not come to its end."""
-        while not self._store.settled(_LOOK):
+        while not self._team.all_agree(self._store.settled(_LOOK)):
             if self.trouble is not None:
                 yield self._progress(loss, rate)
 

@@ -43,6 +43,7 @@ class Attempt:
     step: int
     asked_at: float
     answered: bool = False
+    answered_at: float = 0.0
     heard_at: float = 0.0
     moved_at: float = 0.0
     reported: bool = False
@@ -136,7 +137,7 @@ class World:
             case WorkerStarted():
                 if not attempt.answered:
                     attempt.answered = True
-                    attempt.heard_at = attempt.moved_at = event.time
+                    attempt.heard_at = attempt.moved_at = attempt.answered_at = event.time
             case WorkerAlive():
                 attempt.heard_at = event.time
                 if not attempt.reported:
@@ -226,6 +227,8 @@ class World:
     def _overdue(self, attempt: Attempt) -> bool:
         if not attempt.answered:
             return self.now - attempt.asked_at >= self.policy.start_timeout
+        if self.state.stopping and not attempt.reported and self.now - attempt.answered_at >= self.policy.start_timeout:
+            return True
         silent = self.now - attempt.heard_at >= self.policy.heartbeat_timeout
         return silent or self.now - attempt.moved_at >= self.policy.step_timeout
 

@@ -221,3 +221,11 @@ def test_the_blame_goes_to_the_node_of_the_process_that_died(told: str, blamed: 
 def test_a_worker_that_died_before_it_answered_is_on_no_known_node() -> None:
     state, _ = feed(fresh(1, slots=TWO_NODES), Tick(0.0), WorkerDied(1.0, 0, 1, "x"))
     assert state.blocks[0].failed_on == ()
+
+
+def test_a_worker_that_still_builds_its_block_does_not_hold_up_a_stop_for_ever() -> None:
+    state, _ = feed(running(), StopRequested(1.0), WorkerAlive(9.0, 0, 1), Tick(9.9))
+    assert states(state) == ["running"]
+    state, actions = feed(state, WorkerAlive(9.95, 0, 1), Tick(10.0))
+    assert actions == [KillWorker(0, 1)]
+    assert states(state) == ["stopped"]

@@ -13,6 +13,7 @@ from small_disks import fill, small_disk
 from small_runs import start_run
 
 from dbtrain.config import RunConfig
+from dbtrain.errors import UserError
 from dbtrain.orchestration.coordinator import step
 from dbtrain.orchestration.events import (
     CapacityChanged,
@@ -131,7 +132,7 @@ def test_a_full_disk_holds_lines_back_and_nobody_up(
         with caplog.at_level(logging.WARNING):
             for number in range(200):  # more than what is left of the journal's last page
                 journal.write({"event": "held", "number": number, "padding": "x" * 100})
-        assert caplog.text.count("the journal waits for room") == 1
+        assert caplog.text.count("the journal cannot be written just now") == 1
         assert len(run.events()) < 201
         filler.unlink()
         journal.write({"event": "last"})
@@ -152,4 +153,25 @@ def test_what_is_still_held_back_at_the_end_is_said_to_be_lost(
         written = len(run.events())
         with caplog.at_level(logging.WARNING):
             journal.close()
-        assert f"no room for the last {200 - written} lines of the journal" in caplog.text
+        assert f"the last {200 - written} lines of the journal could not be written" in caplog.text
+
+
+def test_storage_that_goes_away_holds_lines_back_too(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(make_config(), tmp_path / "run")
+    journal, write = Journal(run), run.journal
+
+    def refuse(line: dict[str, Any]) -> None:
+        raise UserError("cannot write")
+
+    monkeypatch.setattr(run, "journal", refuse)
+    with pytest.raises(UserError):  # a run that cannot write its first line does not begin
+        journal.write({"event": "first"})
+    monkeypatch.setattr(run, "journal", write)
+    journal.flush()
+    monkeypatch.setattr(run, "journal", refuse)
+    journal.write({"event": "second"})
+    monkeypatch.setattr(run, "journal", write)
+    journal.write({"event": "third"})
+    assert [line["event"] for line in run.events()] == ["first", "second", "third"]

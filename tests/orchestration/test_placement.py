@@ -22,6 +22,7 @@ def machines(nodes: list[dict[str, float]]) -> list[Machine]:
         ([{"CPU": 3.0}, {"CPU": 3.0}], {"cpus": 2}, [1, 1]),  # not 3: a worker lives on one node
         ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 64.0}], {"gpus": 1}, [2, 0]),
         ([{"CPU": 8.0, "GPU": 2.0}], {"gpus": 0.25}, [8]),
+        ([{"CPU": 8.0, "GPU": 2.0}], {"gpus": 0.4}, [4]),  # not 5: a part of a GPU is of one
         ([{"CPU": 1.0}], {"cpus": 0}, [50]),
         ([{}, {"CPU": 1.0}], {}, [0, 1]),
         ([{"CPU": 8.0, "disk": 3.0}, {"CPU": 8.0}], {"custom": {"disk": 1}}, [3, 0]),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,19 @@ from small_runs import start_run
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
-from dbtrain.orchestration.events import Tick, WorkerFinished
+from dbtrain.orchestration.events import Node, Tick, WorkerFinished
 from dbtrain.orchestration.lock import driver_lock
-from dbtrain.orchestration.requests import ANSWER, FOLDER, Answer, ask, collect, new_request, why_not_scale
-from dbtrain.orchestration.state import BlockStatus
+from dbtrain.orchestration.requests import (
+    ANSWER,
+    FOLDER,
+    Answer,
+    ask,
+    collect,
+    named_blocks,
+    new_request,
+    why_not_scale,
+)
+from dbtrain.orchestration.state import BlockState, BlockStatus, Policy, initial_state
 from dbtrain.run_directory import RunDirectory
 
 MakeConfig = Callable[..., RunConfig]
@@ -168,3 +179,29 @@ def test_a_block_that_waits_for_too_much_may_ask_for_less(make_config: MakeConfi
         why_not_scale(config, state, new_request("scale", [1], 8))
         == "needs 8 more workers, and there is room for 1 of 4"
     )
+
+
+def test_storage_that_is_away_holds_no_requests() -> None:
+    class Away:
+        def list(self, rel: str) -> list[str]:
+            raise OSError("the network is down")
+
+    assert collect(Away()) == []  # type: ignore[arg-type]
+
+
+def test_a_request_that_may_not_be_removed_is_still_heard(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = new_request("stop")
+    run.storage.write_atomic(f"{FOLDER}/{request.id}.json", json.dumps(asdict(request)).encode())
+
+    def refuse(rel: str) -> None:
+        raise UserError("not permitted")
+
+    monkeypatch.setattr(run.storage, "remove_tree", refuse)
+    assert collect(run.storage) == [request]
+
+
+def test_all_blocks_are_those_that_have_not_ended() -> None:
+    blocks = [BlockStatus(0, state=BlockState.FINISHED), BlockStatus(1), BlockStatus(2)]
+    state = initial_state(blocks, nodes=[Node("n", 8)], policy=Policy())
+    assert named_blocks(state, new_request("scale", replicas=2)) == (1, 2)
+    assert named_blocks(state, new_request("scale", [0], 2)) == (0,)

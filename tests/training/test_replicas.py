@@ -76,9 +76,9 @@ def test_one_then_two_then_one(family_config: FamilyConfig, tmp_path: Path, star
     train_block(one)
     with closing(BlockTrainer(changing, 0, 1, Seat(until=4))) as trainer:
         assert [report.step for report in trainer.train()][-1] == 4
-    group = start_replicas(changing, attempt=2, until=9)
-    assert [replica.outcome() for replica in group] == [("stopped", 9, "")] * 2
-    assert checkpoint_steps(changing.block(0))[-1] == 9
+    group = start_replicas(changing, attempt=2, until=8)
+    assert [replica.outcome() for replica in group] == [("stopped", 8, "")] * 2
+    assert checkpoint_steps(changing.block(0))[-1] == 8
     train_block(changing, attempt=3)
     _assert_same_training(one, changing)
     assert newest_files(changing).keys() == newest_files(one).keys()
