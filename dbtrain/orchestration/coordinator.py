@@ -52,7 +52,7 @@ def step(state: CoordinatorState, event: Event) -> tuple[CoordinatorState, tuple
         case ScaleRequested():
             state, actions = _scale(state, event)
         case CapacityChanged():
-            state = replace(state, nodes=event.nodes)
+            state, actions = _change_nodes(state, event)
         case _:
             before = state.blocks[event.block]
             if before.state not in LIVE or before.attempt != event.attempt:
@@ -199,6 +199,17 @@ def _stop(state: CoordinatorState, time: float) -> tuple[CoordinatorState, tuple
         elif block.state not in ENDED:
             state = state.put(_leave(block, BlockState.STOPPED, time, block.reason))
     return state, tuple(actions)
+
+
+def _change_nodes(state: CoordinatorState, event: CapacityChanged) -> tuple[CoordinatorState, tuple[Action, ...]]:
+    """Other nodes. Workers that have not answered when one leaves are asked for anew: they may have been sent there."""
+    gone = {node.id for node in state.nodes} - {node.id for node in event.nodes}
+    state = replace(state, nodes=event.nodes)
+    asked = [block for block in state.blocks if gone and block.state is BlockState.STARTING]
+    for block in asked:
+        to = BlockState.STOPPED if state.stopping else BlockState.PAUSED
+        state = state.put(_leave(block, to, event.time, block.reason))
+    return state, tuple(KillWorker(block.index, block.attempt) for block in asked)
 
 
 def _scale(state: CoordinatorState, event: ScaleRequested) -> tuple[CoordinatorState, tuple[Action, ...]]:

@@ -11,6 +11,7 @@ from dbtrain.orchestration.events import (
     Action,
     CapacityChanged,
     Event,
+    KillWorker,
     ScaleRequested,
     StartWorker,
     StopRequested,
@@ -143,6 +144,16 @@ def test_replicas_that_could_be_anywhere_take_room_outside_an_avoided_node() -> 
     assert actions == []
     state, actions = feed(state, WorkerFinished(3.0, 0, 1, 9))
     assert actions == [StartWorker(1, 1, avoid=frozenset({"a"}))]
+
+
+def test_who_has_not_answered_when_a_node_leaves_is_asked_for_anew() -> None:
+    state, _ = feed(fresh(2, slots={"a": 1, "b": 2}), Tick(0.0), started(1.0, 0, 1, "b"))
+    state, actions = feed(state, CapacityChanged(2.0, nodes_of({"b": 2})))
+    assert actions == [KillWorker(1, 1), StartWorker(1, 2)]
+    assert [block.failures for block in state.blocks] == [0, 0]
+    assert [block.restarts for block in state.blocks] == [0, 0]
+    _, actions = feed(state, CapacityChanged(3.0, nodes_of({"b": 2, "c": 1})))
+    assert actions == []  # one more is no reason
 
 
 def scale(time: float, replicas: int) -> ScaleRequested:
