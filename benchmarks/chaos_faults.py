@@ -39,12 +39,18 @@ class Chaos:
     def fault(self, kind: str, block: int | None, attempts: dict[int, int], note: str = "") -> Fault:
         """The record of a fault that is about to happen to the given attempts of blocks."""
         self.run.look()
-        fault = Fault(0, kind, block, now(), attempts, note=note)
-        for hit in attempts:
-            intact = self.intact(hit)
-            fault.durable[hit] = step_of(intact[-1]) if intact else 0
-            fault.steps[hit] = self.run.blocks[hit].step
+        fault = Fault(0, kind, block, now(), {}, note=note)
+        self.also_hits(fault, attempts)
         return fault
+
+    def also_hits(self, fault: Fault, attempts: dict[int, int]) -> None:
+        """Add attempts of blocks to a fault, where it has none of theirs yet."""
+        for hit, attempt in attempts.items():
+            if hit not in fault.attempts:
+                intact = self.intact(hit)
+                fault.attempts[hit] = attempt
+                fault.durable[hit] = step_of(intact[-1]) if intact else 0
+                fault.steps[hit] = self.run.blocks[hit].step
 
     def running(self, block: int) -> dict[int, int]:
         """The block and its attempt that runs."""
@@ -180,7 +186,15 @@ def wake_late_writer(chaos: Chaos, block: int) -> Fault:
         chaos.run.look()
         return bool(chaos.run.blocks[block].steps) and chaos.run.blocks[block].steps[-1][1] > old
 
-    wait_for(replaced, f"a new worker of block {block}", PATIENCE)
+    # Whoever was starting there had not said yet who it is.
+    seen: dict[int, int] = {}
+
+    def replaced_or_seen() -> bool:
+        seen.update(chaos.on(node))
+        return replaced()
+
+    wait_for(replaced_or_seen, f"a new worker of block {block}", PATIENCE)
+    chaos.also_hits(fault, seen)
     os.kill(pid, signal.SIGCONT)
     ended = f"dbtrain block {block}: "
 
