@@ -17,6 +17,8 @@ from dbtrain.orchestration.state import BlockState
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.run_directory import RunDirectory
 
+pytestmark = pytest.mark.timeout(240)  # two files of tests run at a time, and this one trains on a cluster
+
 STEPS = 500
 
 

@@ -51,7 +51,9 @@ def test_a_job_that_is_stopped_has_saved_every_step(
         job("stop", "train-1")
         log = job("logs", "train-1")
     stopped = [line for line in RunDirectory.open(run).events() if line["event"] == "block_stopped"]
+    finished = [line for line in RunDirectory.open(run).events() if line["event"] == "block_finished"]
     assert stopped, log
+    assert sorted(line["block"] for line in stopped + finished) == [0, 1, 2], log
     assert f"dbtrain: stopped; the same command goes on where it left: {run}" in log
     for line in stopped:  # also between two checkpoints that were due
         assert (run / f"blocks/{line['block']:02d}/checkpoints/step-{line['step']:08d}").is_dir()

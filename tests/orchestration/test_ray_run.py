@@ -151,6 +151,26 @@ def test_an_error_in_a_worker_fails_its_block_with_the_reason_and_the_others_go_
     assert "CorruptData" in events(tmp_path, "block_failed")[0]["traceback"]
 
 
+@pytest.mark.slow
+def test_a_hung_worker_holds_nobody_up(cluster: Cluster, tmp_path: Path, make_config: MakeConfig) -> None:
+    frozen: list[int] = []
+
+    def look(snapshot: Snapshot) -> None:
+        first, *others = snapshot.blocks
+        if first.pid is not None and first.step > 0 and not frozen:
+            os.kill(first.pid, signal.SIGSTOP)
+            frozen.append(first.pid)
+        if frozen and all(block.state is BlockState.FINISHED for block in others) and first.pid is not None:
+            os.kill(first.pid, signal.SIGCONT)
+
+    # Patient enough not to take it for dead before the others are done.
+    config = make_config(training=LONG, resources={"heartbeat_timeout": 600.0})
+    result = train_run(config, tmp_path, backend="ray", watch=Watch(look))
+    assert result.ok
+    assert [block.restarts for block in result.blocks] == [0, 0, 0]
+    assert events(tmp_path, "block_finished")[-1]["block"] == 0
+
+
 def test_a_worker_that_hangs_is_killed_and_its_block_goes_on(
     cluster: Cluster, tmp_path: Path, make_config: MakeConfig, digest_of: DigestOf, undisturbed: str
 ) -> None:
