@@ -107,6 +107,21 @@ class Storage(ABC):
         """
         return retried_pieces(lambda: self._open_file(rel), PIECE_BYTES, self._name(rel), self._may_pass)
 
+    def read_from(self, rel: str, start: int) -> bytes:
+        """What a file holds from byte `start` on; nothing where it is not so long.
+
+        Raises FileNotFoundError when there is no such file.
+        """
+
+        def read() -> bytes:
+            with self._open_file(rel) as file:
+                if file.seek(0, os.SEEK_END) <= start:
+                    return b""
+                file.seek(start)
+                return file.read()
+
+        return self._retried(read, rel)
+
     @abstractmethod
     def write_atomic(self, rel: str, data: bytes) -> None:
         """Create or replace a file, and the folders above it; durable when this returns.

@@ -1,8 +1,10 @@
-"""A worker for which memory does not suffice: how that is told from other errors, and what helps."""
+"""A worker's memory: what it has held, how a lack of it is told from other errors, and what helps."""
 
 from __future__ import annotations
 
 import errno
+import resource
+import sys
 
 import torch
 
@@ -11,6 +13,14 @@ from dbtrain.plan import Plan, human_bytes
 
 _SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What PyTorch says in plain RuntimeErrors: its allocator on the CPU, and CUDA outside its allocator there."""
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes held at once, at most: on a GPU by tensors, on the CPU by the whole process with all it has loaded."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ class MetricsLog:
         samples_per_second: float,
         skipped: int,
         checkpoint_step: int,
+        peak_memory: int,
         stem: Mapping[str, Any],
     ) -> None:
         """A line of measurements after `step` finished steps, `samples` samples.
@@ -46,6 +47,7 @@ class MetricsLog:
             samples_per_second: since the line before.
             skipped: steps in a row, up to this one, that changed nothing because values were infinite or NaN.
             checkpoint_step: newest durable step at this time: what a death would cost is counted from there.
+            peak_memory: bytes that the worker has held at once, at most, see `dbtrain.training.memory`.
             stem: what there is to say of an averaged stem, by name.
 
         Raises:
@@ -63,6 +65,7 @@ class MetricsLog:
                 "samples_per_second": samples_per_second,
                 "skipped": skipped,
                 "checkpoint_step": checkpoint_step,
+                "peak_memory": peak_memory,
                 "attempt": self._attempt,
                 **stem,
             }

@@ -29,6 +29,7 @@ from dbtrain.training.checkpoint import Snapshot
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
 from dbtrain.training.initial import beginning, initial_module
+from dbtrain.training.memory import peak_memory
 from dbtrain.training.metrics import MetricsLog
 from dbtrain.training.optimisation import (
     learning_rate,
@@ -363,6 +364,7 @@ class BlockTrainer:
             samples_per_second=rate,
             skipped=self._guard.skipped,
             checkpoint_step=self._store.durable_step,
+            peak_memory=peak_memory(self.device),
             stem={} if self._stems is None else self._stems.report(),
         )
 

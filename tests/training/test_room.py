@@ -105,6 +105,7 @@ def _tell(log: MetricsLog, step: int) -> None:
         samples_per_second=1.0,
         skipped=0,
         checkpoint_step=0,
+        peak_memory=1,
         stem={},
     )
 
