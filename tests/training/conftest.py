@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ import pytest
 from checkpoint_states import Opener
 from pyarrow import fs
 from replica_groups import Replica, Start
+from small_disks import small_disk as mounted_disk
 
 from dbtrain.run_directory import BlockDirectory, RunDirectory
 from dbtrain.storage import ArrowStorage, Storage
@@ -50,13 +49,8 @@ def open_store() -> Iterator[Opener]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of its own, of 256 KiB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(where)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield where
-    subprocess.run(["umount", str(where)], check=True)
+    with mounted_disk(tmp_path / "disk", "256k") as where:
+        yield where
 
 
 @pytest.fixture

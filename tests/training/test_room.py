@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from small_disks import fill, resize
 from small_runs import newest_files, start_run, train_block
 
 from dbtrain.config import RunConfig
@@ -133,18 +133,8 @@ def test_an_older_attempt_tells_nothing(block: BlockDirectory) -> None:
 
 @pytest.fixture
 def run_on(small_disk: Path, small_config: SmallConfig) -> RunDirectory:
-    subprocess.run(["mount", "-o", "remount,size=4M", str(small_disk)], check=True)
+    resize(small_disk, "4M")
     return start_run(small_config(training={"steps": 40}, checkpoints={"every": 10}), small_disk / "run")
-
-
-def _fill(disk: Path) -> Path:
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)):
-                pass
-        except OSError:
-            return filler
 
 
 @pytest.fixture
@@ -155,7 +145,7 @@ def waiting(run_on: RunDirectory, small_disk: Path) -> Iterator[tuple[BlockTrain
         while next(reports).step < 10:
             pass
         trainer._store.wait()
-        filler = _fill(small_disk)
+        filler = fill(small_disk)
         for report in reports:
             if report.trouble is not None:
                 assert "No space left on device" in report.trouble
@@ -203,7 +193,7 @@ def test_closing_does_not_wait(waiting: tuple[BlockTrainer, Iterator[object], Pa
 
 
 def test_a_worker_that_starts_on_a_full_disk_waits_to_claim_its_block(run_on: RunDirectory, small_disk: Path) -> None:
-    filler = _fill(small_disk)
+    filler = fill(small_disk)
     room, built = Room(), []
 
     def build() -> None:
