@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.markup import escape
 
 from dbtrain.cli.output import AsJson, ConfigFile, Overrides, emit_json, err, print_table, report, whole_number
 from dbtrain.config_file import load_config
@@ -209,7 +210,8 @@ def _print(tries: list[JobFacts], address: str) -> None:
         typer.echo(f"no run was submitted to {address}")
         return
     rows = [
-        [job.submission_id, job.run, job.status.lower(), _time(job.started), _time(job.ended), job.directory]
+        [escape(job.submission_id), escape(job.run), job.status.lower(), _time(job.started), _time(job.ended)]
+        + [escape(job.directory)]
         for job in tries
     ]
     print_table(

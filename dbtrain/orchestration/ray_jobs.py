@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -189,7 +190,7 @@ class Jobs:
                 silent_since = now if silent_since is None else silent_since
                 if now - silent_since > SILENCE_PATIENCE:
                     raise RunInterrupted(
-                        f"the cluster at {self.address} does not answer any more: {_one_line(error)}; once it is back, "
+                        f"the cluster at {self.address} does not answer any more: {_reason(error)}; once it is back, "
                         f"`dbtrain status {submission_id} --address {self.address} --follow` goes on"
                     ) from error
             time.sleep(_POLL_SECONDS)
@@ -251,10 +252,10 @@ class Jobs:
             raise _no_entry(self.address, error) from None
         except (*_NETWORK_ERRORS, RayStateApiException) as error:
             raise UserError(
-                f"the job server does not answer: {_one_line(error)}",
+                f"no job server answers there: {_reason(error)}",
                 field="--address",
                 value=self.address,
-                mend=f"{EXAMPLE}, and look whether the cluster is up",
+                mend=f"{EXAMPLE}, and see whether the cluster is up",
             ) from error
         except RuntimeError as error:  # what Ray's client makes of any other status
             raise UserError(
@@ -343,6 +344,14 @@ def _without_address_variables() -> Iterator[None]:
         yield
     finally:
         os.environ.update(kept)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said where it did; the libraries between wrap that in names of their classes."""
+    if isinstance(error, requests.exceptions.Timeout):
+        return f"nothing within {_CONNECT_TIMEOUT:g} s"
+    said = re.search(r"\[Errno -?\d+\] ([^\"')\]]+)", str(error))
+    return said.group(1) if said else _one_line(error)
 
 
 def _one_line(error: BaseException) -> str:

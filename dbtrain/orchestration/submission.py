@@ -187,20 +187,21 @@ def facts_of(
     """What Ray tells of a job, times in milliseconds since 1970; None where it is no job of ours."""
     if _RUN not in metadata:
         return None
+    said = {key: _CONTROL.sub("", text) for key, text in metadata.items()}  # whoever reaches the cluster wrote it
     return JobFacts(
         submission_id=submission_id,
-        run=metadata[_RUN],
-        directory=metadata.get(_DIRECTORY, ""),
-        kind=metadata.get(_KIND, ""),
+        run=said[_RUN],
+        directory=said.get(_DIRECTORY, ""),
+        kind=said.get(_KIND, ""),
         status=status,
         message=last_words(message or ""),
         started=None if started is None else started / 1000,
         ended=None if ended is None else ended / 1000,
         exit_code=exit_code,
-        config=metadata.get(_CONFIG, ""),
-        config_sha256=metadata.get(_SHA256, ""),
-        version=metadata.get(_VERSION, ""),
-        interpreters=tuple(json.loads(metadata.get(_INTERPRETERS, "[]"))),
+        config=said.get(_CONFIG, ""),
+        config_sha256=said.get(_SHA256, ""),
+        version=said.get(_VERSION, ""),
+        interpreters=tuple(json.loads(said.get(_INTERPRETERS, "[]"))),
     )
 
 
