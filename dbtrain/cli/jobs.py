@@ -210,8 +210,14 @@ def _print(tries: list[JobFacts], address: str) -> None:
         typer.echo(f"no run was submitted to {address}")
         return
     rows = [
-        [escape(job.submission_id), escape(job.run), job.status.lower(), _time(job.started), _time(job.ended)]
-        + [escape(job.directory)]
+        [
+            escape(job.submission_id),
+            escape(job.run),
+            job.status.lower(),
+            _time(job.started),
+            _time(job.ended),
+            escape(job.directory),
+        ]
         for job in tries
     ]
     print_table(
