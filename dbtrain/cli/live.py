@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dbtrain.cli.jobs import OptionalJobAddress, stop_job
 from dbtrain.cli.output import AsJson, RunPath, emit_json
 from dbtrain.errors import UserError
 
@@ -16,8 +17,23 @@ if TYPE_CHECKING:
 Patience = Annotated[float, typer.Option("--timeout", help="Seconds to wait for the answer.", min=0.1)]
 
 
-def stop(run: RunPath, timeout: Patience = 30.0, as_json: AsJson = False) -> None:
-    """Have every worker of a live run finish its step, save and leave; `dbtrain train` goes on from there."""
+def stop(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="Run directory or URI; with --address the run's name or a submission id.",
+            show_default=False,
+        ),
+    ],
+    address: OptionalJobAddress = None,
+    timeout: Patience = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Have every worker of a live run finish its step, save and leave; the same command goes on from there."""
+    if address is not None:
+        stop_job(run, address, timeout, as_json)
+        return
     from dbtrain.orchestration.requests import new_request
     from dbtrain.run_directory import RunDirectory
 

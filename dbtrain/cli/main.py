@@ -17,7 +17,7 @@ from types import FrameType
 import typer
 
 import dbtrain
-from dbtrain.cli import data, exporting, live, planning, results, sampling, training
+from dbtrain.cli import data, exporting, jobs, live, planning, results, sampling, training
 from dbtrain.cli.output import ToStandardError, report, report_mistake
 from dbtrain.errors import RunInterrupted, UserError
 
@@ -40,7 +40,11 @@ app.command(epilog="Example:  dbtrain train configs/demo/vit.yaml --run runs/a -
     training.train
 )
 app.command(epilog="Example:  dbtrain baseline configs/demo/vit.yaml --run runs/a-baseline")(training.baseline)
-app.command(epilog="Example:  dbtrain stop runs/a")(live.stop)
+app.command(epilog="Example:  dbtrain submit my.yaml --address http://head:8265 --run /shared/runs/a --follow")(
+    jobs.submit
+)
+app.command(epilog="Example:  dbtrain status runs/a   or   dbtrain status NAME --address http://head:8265")(jobs.status)
+app.command(epilog="Example:  dbtrain stop runs/a   or   dbtrain stop NAME --address http://head:8265")(live.stop)
 app.command(epilog="Example:  dbtrain scale runs/a block=3 replicas=2")(live.scale)
 app.command(epilog="Example:  dbtrain assemble runs/a")(results.assemble)
 app.command(epilog="Example:  dbtrain evaluate runs/a --baseline runs/a-baseline")(results.evaluate)
