@@ -90,7 +90,10 @@ def refusal(error: Exception, field: str, value: str) -> UserError:
     elif status == 401:
         problem, mend = "is refused: the hub does not know the token (401)", _LOG_IN
     elif status == 403:
-        problem, mend = "is refused: the token may not do this (403)", "use a token that may, such as one with write access"
+        problem, mend = (
+            "is refused: the token may not do this (403)",
+            "use a token that may, such as one with write access",
+        )
     elif status is not None:
         problem, mend = f"is refused by the hub ({status}): {said}", None
     elif _is_network(error):

@@ -202,7 +202,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read(self) -> None:
         path = self._path()
-        about = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(/.*)?)?", path)
+        about = re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(/.*)?)?", path
+        )
         content = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if about is not None:
             if (files := self._open(about[1], about[2], about[4])) is not None:
