@@ -8,6 +8,7 @@ address (HF_ENDPOINT), the token (HF_TOKEN, or a login), the cache (HF_HOME) and
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -69,8 +70,8 @@ def not_installed(library: str, field: str, value: str) -> UserError:
     )
 
 
-def refusal(error: Exception, field: str, value: str) -> UserError:
-    """What an error of the hub's libraries means to the user, on one line."""
+def refusal(error: Exception, field: str, value: str, *, sending: bool = False) -> UserError:
+    """What an error of the hub's libraries means to the user, on one line; `sending` when there is no cache to ask."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -78,29 +79,28 @@ def refusal(error: Exception, field: str, value: str) -> UserError:
     said = " ".join(str(error).split())
     status = getattr(getattr(error, "response", None), "status_code", None)
     missing = type(error).__name__ == "DatasetNotFoundError"  # of another library, which keeps no cause
+    mend: str | None = None
     if isinstance(error, errors.OfflineModeIsEnabled) or "OfflineModeIsEnabled" in said or "outgoing traffic" in said:
-        problem = "is not in the cache, and the library was told to stay offline"
-        mend = "unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE, or bring the cache (HF_HOME) from where it was fetched"
+        problem = f"{'cannot be sent' if sending else 'is not in the cache'}, and the library was told to stay offline"
+        mend = "unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE"
+        mend += "" if sending else ", or bring the cache (HF_HOME) from where it was fetched"
     elif isinstance(error, errors.GatedRepoError) or (missing and "gated" in said):
         problem, mend = "is gated: its owners choose who may read it", f"ask for access on its page, then {_LOG_IN}"
     elif isinstance(error, errors.RevisionNotFoundError):
         problem, mend = "has no such revision", "its page lists branches, tags and commits"
-    elif isinstance(error, errors.RepositoryNotFoundError) or missing:
+    elif missing or (isinstance(error, errors.RepositoryNotFoundError) and not sending):
         problem, mend = "is not on the hub, or not open to you", f"check the name; if it is private, {_LOG_IN}"
     elif status == 401:
         problem, mend = "is refused: the hub does not know the token (401)", _LOG_IN
     elif status == 403:
-        problem, mend = (
-            "is refused: the token may not do this (403)",
-            "use a token that may, such as one with write access",
-        )
+        problem, mend = "is refused: the token has no right to it (403)", "use another token, or another owner"
     elif status is not None:
-        problem, mend = f"is refused by the hub ({status}): {said}", None
+        problem = f"is refused by the hub ({status}): {said}"
     elif _is_network(error):
-        problem = f"cannot be fetched, since {constants.ENDPOINT} does not answer, and is not in the cache"
+        problem = f"{constants.ENDPOINT} does not answer" + ("" if sending else ", and the cache does not have it")
         mend = "check the network, and HF_ENDPOINT if it is set"
     else:
-        problem, mend = f"cannot be loaded: {said or type(error).__name__}", None
+        problem = f"cannot be {'sent' if sending else 'loaded'}: {said or type(error).__name__}"
     return UserError(problem, field=field, value=value, mend=mend)
 
 
@@ -112,16 +112,17 @@ def _is_network(error: Exception) -> bool:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Progress bars of the library are for terminals alone, and its advice for nobody."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+    from huggingface_hub.utils import logging as library
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = library.get_verbosity()
+    library.set_verbosity(logging.ERROR)
     if hide:
         disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        library.set_verbosity(level)
         if hide:
             enable_progress_bars()

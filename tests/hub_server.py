@@ -1,4 +1,4 @@
-"""A small Hugging Face hub of this machine, which the hub's own client talks to: repositories are folders behind HTTP."""
+"""A small Hugging Face hub of this machine, to which the hub's own client talks: folders behind HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 TOKEN = "hf_the_right_token"
-_TYPES = {"datasets": "dataset", "models": "model"}
 
 
 class HubServer:
@@ -202,9 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read(self) -> None:
         path = self._path()
-        about = re.fullmatch(
-            r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(/.*)?)?", path
-        )
+        about = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+)(/.*)?)?", path)
         content = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if about is not None:
             if (files := self._open(about[1], about[2], about[4])) is not None:

@@ -6,6 +6,7 @@ An exported model's card begins with the metadata that the Hugging Face hub read
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -38,6 +39,17 @@ _PIPELINES: dict[Task, str] = {
 _FOLDER = "path/to/this/folder"
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a card says that the model itself does not know."""
+
+    evaluation: Evaluation | None = None
+    license: str | None = None
+    """Identifier such as `apache-2.0`; the card names none when None."""
+    address: str | None = None
+    """Where the model will be loaded from, such as `hf:owner/name`."""
+
+
 def run_card(config: RunConfig, plan: Plan, weights: Weights, steps: tuple[int, ...], sha256: str) -> str:
     """The card of the model in a run directory."""
     return (
@@ -52,35 +64,29 @@ def run_card(config: RunConfig, plan: Plan, weights: Weights, steps: tuple[int, 
 def dbtrain_card(
     model: AssembledModel,
     config: RunConfig,
-    *,
-    evaluation: Evaluation | None,
-    license: str | None,
-    address: str | None,
+    beside: Beside,
 ) -> str:
     """The card of an export in our own format; `config` is the model's configuration as others may see it."""
     source = _hub_source(model)
-    front = _front(model, "dbtrain", model.config.model.family, license, source, evaluation)
+    front = _front(model, "dbtrain", model.config.model.family, beside.license, source, beside.evaluation)
     return (
         f"{front}# {config.name}\n\n{_what(config, model.plan)}\n\n"
         f"{_facts(model, source)}- SHA-256 of model.safetensors: `{model.sha256}`\n\n"
-        f"{_figures(evaluation)}## Use\n\n{_use(config, address or _FOLDER)}\n{_recipe(config)}"
+        f"{_figures(beside.evaluation)}## Use\n\n{_use(config, beside.address or _FOLDER)}\n{_recipe(config)}"
     )
 
 
 def llama_card(
     model: AssembledModel,
     config: RunConfig,
+    beside: Beside,
     has_tokenizer: bool,
-    *,
-    evaluation: Evaluation | None,
-    license: str | None,
-    address: str | None,
 ) -> str:
     """The card of a Llama. The figures of a chain say nothing of its clean path, and stay away."""
-    measured = evaluation if model.end_to_end else None
+    measured = beside.evaluation if model.end_to_end else None
     source = _hub_source(model)
-    front = _front(model, "transformers", "llama", license, source, measured)
-    where = (address or _FOLDER).removeprefix("hf:")
+    front = _front(model, "transformers", "llama", beside.license, source, measured)
+    where = (beside.address or _FOLDER).removeprefix("hf:")
     use = (
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{where}")\n```\n'

@@ -11,13 +11,13 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import safetensors.torch
 from torch import Tensor
 
 from dbtrain.assembly.assemble import Weights, describe_model
-from dbtrain.assembly.card import dbtrain_card, llama_card
+from dbtrain.assembly.card import Beside, dbtrain_card, llama_card
 from dbtrain.assembly.llama import clean_weights, describe, json_file, tokenizer_files
 from dbtrain.assembly.loading import AssembledModel
 from dbtrain.config import RunConfig
@@ -26,9 +26,6 @@ from dbtrain.model_config import CausalLMConfig
 from dbtrain.models.pretrained import HEAD
 from dbtrain.run_directory import TOKENIZER
 from dbtrain.storage import LocalStorage, temporary_name
-
-if TYPE_CHECKING:
-    from dbtrain.inference.evaluation import Evaluation
 
 Format = Literal["dbtrain", "llama"]
 
@@ -58,10 +55,7 @@ def export(
     model: AssembledModel,
     out: str | Path,
     format: Format | None = None,
-    *,
-    evaluation: Evaluation | None = None,
-    license: str | None = None,
-    address: str | None = None,
+    beside: Beside | None = None,
 ) -> Exported:
     """Write an assembled model into the folder `out` of this machine.
 
@@ -73,9 +67,7 @@ def export(
 
     Args:
         format: `llama` for a `causal_lm` and `dbtrain` for all others when not given.
-        evaluation: figures of the model for its card.
-        license: identifier for its card, such as `apache-2.0`; the card names none when not given.
-        address: where it will be loaded from, for its card: `hf:owner/name`.
+        beside: what else the card says.
 
     Raises:
         UserError: the family has no such format, or `out` is taken or cannot be written.
@@ -89,18 +81,18 @@ def export(
             f"is for causal_lm alone, not for {section.family}", field="--format", value=chosen, mend="use dbtrain"
         )
     config = public(model.config)
-    about = {"evaluation": evaluation, "license": license, "address": address}
+    beside = beside or Beside()
     if isinstance(section, CausalLMConfig) and chosen == "llama":
         tensors = clean_weights(model)
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
         tokenizer = tokenizer_files(model, section)
-        card = llama_card(model, config, bool(tokenizer), **about)
+        card = llama_card(model, config, beside, bool(tokenizer))
         described = describe(section, tied=HEAD not in tensors)
     else:
         tensors = _own_weights(model)
         data = safetensors.torch.save(tensors)
         tokenizer = {} if model.tokenizer is None else {TOKENIZER: model.tokenizer}
-        card = dbtrain_card(model, config, **about)
+        card = dbtrain_card(model, config, beside)
         described = describe_model(config, model.plan, model.weights, model.steps, hashlib.sha256(data).hexdigest())
     files = {"README.md": card.encode(), **tokenizer, "model.safetensors": data, "config.json": json_file(described)}
     _write(files, target, there)

@@ -122,7 +122,7 @@ def _refusing(folder: str, repository: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # whatever the library says of network and rights
-        said = refusal(error, _PUSH, repository)
+        said = refusal(error, _PUSH, repository, sending=True)
         again = f"`hf upload {repository} {folder}` sends the exported folder, which is complete"
         mend = again if said.mend is None else f"{said.mend}; then {again}"
         raise UserError(said.problem, field=_PUSH, value=repository, mend=mend) from None

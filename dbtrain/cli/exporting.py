@@ -50,6 +50,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a model as a folder for others: safetensors, config.json and a model card."""
+    from dbtrain.assembly.card import Beside
     from dbtrain.assembly.export import export as export_model
     from dbtrain.assembly.hub import check_push
     from dbtrain.assembly.hub import push as push_folder
@@ -60,14 +61,8 @@ def export(
     if push is not None:
         check_push(push)
     model = model_at(run)
-    made = export_model(
-        model,
-        out,
-        None if format is None else format.value,
-        evaluation=evaluation_at(run, model),
-        license=license,
-        address=None if push is None else f"hf:{push}",
-    )
+    beside = Beside(evaluation_at(run, model), license, None if push is None else f"hf:{push}")
+    made = export_model(model, out, None if format is None else format.value, beside)
     result: dict[str, Any] = asdict(made)
     if push is not None:
         result["url"] = push_folder(made.path, push, private=private)

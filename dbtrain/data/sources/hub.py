@@ -87,7 +87,7 @@ class HubTables:
         """A mistake in the source as a whole."""
         return UserError(problem, field=_FIELD, value=self.source, mend=mend)
 
-    def _foreign(self, field: pa.Field) -> bool:
+    def _foreign(self, field: pa.Field[Any]) -> bool:
         """Whether a column looks like images in Arrow and is none: sound is stored in the same way."""
         is_struct = pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
         return is_struct and type(self._features[field.name]).__name__ != "Image"
