@@ -70,12 +70,12 @@ def environment(home: Path, url: str, token: str | None = None, *, offline: bool
 
 
 def talk_to(url: str, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | None = None) -> None:
-    """Make this process's client, which has read its environment long ago, talk to a server and keep to a home."""
+    """Make this process's clients, which have read their environment long ago, talk to a server and keep to a home."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment(home, url, token).items():
         monkeypatch.setenv(name, value)
-    constants = {
+    models = {
         "ENDPOINT": url,
         "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HOME": str(home),
@@ -85,27 +85,22 @@ def talk_to(url: str, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | 
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_DISABLE_TELEMETRY": True,
     }
-    _set("huggingface_hub.constants", constants, monkeypatch)
-
-
-def keep_data_sets_in(home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for the library of data sets."""
-    values = {
+    data_sets = {
         "HF_ENDPOINT": url,
         "HUB_DATASETS_URL": url + "/datasets/{repo_id}/resolve/{revision}/{path}",
         "HF_DATASETS_CACHE": home / "datasets",
         "HF_MODULES_CACHE": home / "modules",
         "DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads",
         "HF_HUB_OFFLINE": False,
-        "HF_DATASETS_OFFLINE": False,
     }
-    _set("datasets.config", values, monkeypatch)
+    _set("huggingface_hub.constants", models, monkeypatch)
+    _set("datasets.config", data_sets, monkeypatch)
 
 
 def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """As HF_HUB_OFFLINE=1 does when a process starts."""
-    _set("huggingface_hub.constants", {"HF_HUB_OFFLINE": True}, monkeypatch)
-    _set("datasets.config", {"HF_HUB_OFFLINE": True, "HF_DATASETS_OFFLINE": True}, monkeypatch)
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        _set(module, {"HF_HUB_OFFLINE": True}, monkeypatch)
 
 
 def _set(module: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +110,7 @@ def _set(module: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # no connection outlives the server
     hub: HubServer
 
     def do_HEAD(self) -> None:

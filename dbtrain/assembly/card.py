@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dbtrain.assembly.llama import about_llama
 from dbtrain.config import RunConfig
 from dbtrain.data.node_cache import read_manifest
 from dbtrain.errors import UserError
@@ -76,13 +75,8 @@ def dbtrain_card(
     )
 
 
-def llama_card(
-    model: AssembledModel,
-    config: RunConfig,
-    beside: Beside,
-    has_tokenizer: bool,
-) -> str:
-    """The card of a Llama. The figures of a chain say nothing of its clean path, and stay away."""
+def llama_card(model: AssembledModel, config: RunConfig, beside: Beside, about: str) -> str:
+    """The card of a Llama; `about` says what it is. Figures of a chain say nothing of its clean path, and stay away."""
     measured = beside.evaluation if model.end_to_end else None
     source = _hub_source(model)
     front = _front(model, "transformers", "llama", beside.license, source, measured)
@@ -92,7 +86,7 @@ def llama_card(
         f'model = AutoModelForCausalLM.from_pretrained("{where}")\n```\n'
     )
     return (
-        f"{front}# {config.name}\n\n{about_llama(model, has_tokenizer)}\n\n"
+        f"{front}# {config.name}\n\n{about}\n\n"
         f"{_facts(model, source)}- SHA-256 of the model.safetensors it was made from: `{model.sha256}`\n\n"
         f"{_figures(measured) if model.end_to_end else ''}## Use\n\n{use}\n{_recipe(config)}"
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dbtrain.assembly.assemble import Weights, describe_model
 from dbtrain.assembly.card import Beside, dbtrain_card, llama_card
-from dbtrain.assembly.llama import clean_weights, describe, json_file, tokenizer_files
+from dbtrain.assembly.llama import about_llama, clean_weights, describe, json_file, tokenizer_files
 from dbtrain.assembly.loading import AssembledModel
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
@@ -86,7 +86,7 @@ def export(
         tensors = clean_weights(model)
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
         tokenizer = tokenizer_files(model, section)
-        card = llama_card(model, config, beside, bool(tokenizer))
+        card = llama_card(model, config, beside, about_llama(model, bool(tokenizer)))
         described = describe(section, tied=HEAD not in tensors)
     else:
         tensors = _own_weights(model)
