@@ -8,8 +8,10 @@ import importlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -50,6 +52,12 @@ class HubServer:
         root = self.repository(kind, name)
         found = sorted(path for path in root.rglob("*") if path.is_file())
         return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+    def vanish(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No more answers; the client, which waits for half a minute in all, tries again at once."""
+        hasty = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+        monkeypatch.setattr("huggingface_hub.utils._http.time", hasty)
+        self.close()
 
     def close(self) -> None:
         """No more answers."""

@@ -62,7 +62,7 @@ def test_the_rows_are_those_of_the_files(bugs: Path, tmp_path: Path) -> None:
 
 def test_offline_from_the_cache(bugs: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare("hf:me/bugs", tmp_path / "first")
-    hub.close()  # a network that is gone
+    hub.vanish(monkeypatch)
     assert prepare("hf:me/bugs", tmp_path / "second").facts() == first.facts()
     go_offline(monkeypatch)
     assert prepare("hf:me/bugs", tmp_path / "third").facts() == first.facts()
@@ -94,9 +94,9 @@ def test_subsets(tmp_path: Path) -> None:
         for name in ("small", "large")
     }
     assert len(set(made.values())) == 2
-    with pytest.raises(UserError, match="--subset: is needed: the data set has several .*'small', 'large'"):
+    with pytest.raises(UserError, match=r"--subset: is needed: the data set has several .*'small', 'large'"):
         prepare(f"hf:{root}", tmp_path / "none")
-    with pytest.raises(UserError, match="--subset = 'medium': is no subset of it .*'small', 'large'"):
+    with pytest.raises(UserError, match=r"--subset = 'medium': is no subset of it .*'small', 'large'"):
         prepare(f"hf:{root}", tmp_path / "medium", subset="medium")
     with pytest.raises(UserError, match="--subset = 'small': does not apply to the digits"):
         prepare("digits", tmp_path / "digits", subset="small")
@@ -206,7 +206,7 @@ def test_what_is_refused(
     assert not (place / "ran").exists()
 
 
-def test_what_the_hub_refuses(bugs: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_what_the_hub_refuses(bugs: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(source: str) -> str:
         with pytest.raises(UserError) as refused:
             prepare(source, tmp_path / "shards")
@@ -219,7 +219,7 @@ def test_what_the_hub_refuses(bugs: Path, hub: HubServer, tmp_path: Path) -> Non
     hub.gated.clear()
     (bugs / "bugs.py").write_text("raise SystemExit")
     assert "no programs of data sets are run" in said("hf:me/bugs")
-    hub.close()
+    hub.vanish(monkeypatch)
     assert f"{hub.url} does not answer, and the cache does not have it (check the network" in said("hf:me/nothing")
 
 

@@ -7,6 +7,9 @@ them into memory; from there on they are tables like any other. It runs no code 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,7 +149,7 @@ def _load(source: str, asked: HubSource, subset: str | None) -> dict[str, Any]:
     except ImportError:
         raise hub.not_installed("datasets", _FIELD, source) from None
     try:
-        with hub.quiet(), _without_bars():
+        with hub.quiet(), _quiet():
             # Older versions could run a data set's own Python: never.
             found = datasets.load_dataset(asked.path, name=subset, trust_remote_code=False)
     except Exception as error:  # whatever a library says of data and network that are not ours
@@ -166,13 +169,14 @@ def _refusal(error: Exception, source: str, asked: HubSource, subset: str | None
     if isinstance(error, ValueError) and "onfig" in said:
         problem = "is no subset of it" if subset is not None else "is needed: the data set has several"
         return UserError(problem, field="--subset", value=subset, mend=said)
-    cause = error.__cause__
-    if type(error).__name__.startswith("DatasetGeneration") and isinstance(cause, Exception):
-        if isinstance(cause, OSError) and cause.errno is not None:
-            problem, mend = f"cannot be kept in the cache: {cause.strerror}", "free some space, or set HF_HOME"
-        else:
-            problem, mend = f"is damaged, or its files do not go together: {one_line(cause)}", "mend its files"
+    made = type(error).__name__.startswith("DatasetGeneration")  # while its files were read
+    cause = error.__cause__ if made and isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        problem, mend = f"cannot be kept in the cache: {cause.strerror}", "free some space, or set HF_HOME"
         return UserError(problem, field=_FIELD, value=source, mend=mend)
+    if made or isinstance(cause, pa.ArrowException):
+        problem = f"is damaged, or its files do not go together: {one_line(cause)}"
+        return UserError(problem, field=_FIELD, value=source, mend="mend or remove the file")
     if asked.local:
         problem = f"cannot be loaded: {said or type(error).__name__}"
         return UserError(problem, field=_FIELD, value=source, mend="lay it out as the hub does, one data set a folder")
@@ -180,17 +184,19 @@ def _refusal(error: Exception, source: str, asked: HubSource, subset: str | None
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Progress bars of the library are for terminals alone."""
-    import sys
-
+def _quiet() -> Iterator[None]:
+    """Progress bars of the library are for terminals alone; what its readers log is in the error as well."""
     import datasets
 
+    readers = logging.getLogger("datasets.packaged_modules")
+    level = readers.level
+    readers.setLevel(logging.CRITICAL)
     hide = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
+        readers.setLevel(level)
         if hide:
             datasets.enable_progress_bars()
