@@ -49,7 +49,7 @@ def model_at(path: str, device: str | torch.device = "cpu") -> AssembledModel:
         CorruptData: its files are damaged or do not belong together.
     """
     if on_hub(path):
-        return load_model(fetch_model(path), device)
+        return load_model(path, device, fetch_model(path))
     storage = Storage.open(path)
     if storage.exists(PLAN) and not storage.exists("model.safetensors"):
         return model_of(RunDirectory.open(storage), device)

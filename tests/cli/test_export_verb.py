@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused, dbtrain, tree, unchanged
+from hub_server import TOKEN, HubServer
 from small_disks import small_disk
 
 FILES = {"README.md", "config.json", "model.safetensors"}
@@ -208,6 +209,52 @@ def test_another_family(texts: Path, place: Path) -> None:
     made = dbtrain("export", "run", "--out", "out", "--json").json()
     assert (made["format"], made["clean_path"], made["tokenizer"]) == ("dbtrain", False, True)
     assert dbtrain("sample", "out", "--json").code == 0
+
+
+def test_to_the_hub_and_back(
+    texts: Path, model: Path, place: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = ["export", "run", "--format", "dbtrain", "--push", "me/lm"]
+    with unchanged(place):
+        assert_refused(dbtrain(*ours, "--out", "out"), "--push = 'me/lm'", "needs a token", "set HF_TOKEN")
+        assert_refused(dbtrain("export", "run", "--out", "out", "--private"), "--private", "add --push")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    sent = dbtrain(*ours, "--out", "out", "--license", "mit", "--private", "--json")
+    assert (sent.code, sent.stderr) == (0, "")
+    made = sent.json()
+    assert made["url"].startswith(f"{hub.url}/me/lm/commit/")
+    assert set(hub.files("models", "me/lm")) == {*FILES, "tokenizer.json"}
+    card = hub.files("models", "me/lm")["README.md"].decode()
+    assert card.startswith("---\nlicense: mit\n")
+    assert 'dbtrain.load("hf:me/lm")' in card
+    asked = ["--prompt", "The ", "--tokens", "4", "--greedy", "--json"]
+    assert dbtrain("sample", "hf:me/lm", *asked).json() == dbtrain("sample", "run", *asked).json()
+    # Once more exported, from the hub: the same weights.
+    again = dbtrain("export", "hf:me/lm", "--format", "dbtrain", "--out", "again", "--json").json()
+    assert again["sha256"] == made["sha256"]
+    # What cannot be sent is there nevertheless, complete.
+    lost = dbtrain("export", "run", "--out", "llama", "--push", "you/lm")
+    assert_refused(lost, "--push = 'you/lm'", "(403)", f"`hf upload you/lm {place / 'llama'}`")
+    assert {path.name for path in (place / "llama").iterdir()} == FILES
+
+
+def test_images_of_a_model_on_the_hub_need_a_folder(
+    place: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = place / "dit.yaml"
+    section = "{family: dit, image_size: 8, channels: 1, num_classes: 10, patch_size: 4, depth: 2, width: 16, heads: 2}"
+    assert dbtrain("prepare", "digits", "--out", "digits").code == 0
+    recipe.write_text(
+        f"name: dit\nmodel: {section}\ndata: {{path: digits}}\nblocks: {{count: 2}}\ntraining: {{steps: 1}}\n"
+    )
+    assert dbtrain("train", recipe, "--run", "run", "--backend", "inline").code == 0
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert dbtrain("export", "run", "--out", "out", "--push", "me/dit").code == 0
+    drawing = ["sample", "hf:me/dit", "--count", "1", "--steps", "1"]
+    with unchanged(place):
+        assert_refused(dbtrain(*drawing), "--out", "is needed where the model is not on this machine's disks")
+    assert dbtrain(*drawing, "--out", "images").code == 0
+    assert list((place / "images").glob("*.png"))
 
 
 def test_half_an_export_is_no_model(model: Path, place: Path) -> None:
