@@ -11,6 +11,8 @@ from command import assert_refused, dbtrain, tree, unchanged
 from hub_server import TOKEN, HubServer
 from small_disks import small_disk
 
+from dbtrain.config import RunConfig
+
 FILES = {"README.md", "config.json", "model.safetensors"}
 
 
@@ -239,15 +241,10 @@ def test_to_the_hub_and_back(
 
 
 def test_images_of_a_model_on_the_hub_need_a_folder(
-    place: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    family_config: Callable[..., RunConfig], place: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = place / "dit.yaml"
-    section = "{family: dit, image_size: 8, channels: 1, num_classes: 10, patch_size: 4, depth: 2, width: 16, heads: 2}"
-    assert dbtrain("prepare", "digits", "--out", "digits").code == 0
-    recipe.write_text(
-        f"name: dit\nmodel: {section}\ndata: {{path: digits}}\nblocks: {{count: 2}}\ntraining: {{steps: 1}}\n"
-    )
-    assert dbtrain("train", recipe, "--run", "run", "--backend", "inline").code == 0
+    (place / "dit.yaml").write_text(family_config("dit", training={"steps": 1}).to_yaml())
+    assert dbtrain("train", "dit.yaml", "--run", "run", "--backend", "inline").code == 0
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert dbtrain("export", "run", "--out", "out", "--push", "me/dit").code == 0
     drawing = ["sample", "hf:me/dit", "--count", "1", "--steps", "1"]
