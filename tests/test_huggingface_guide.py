@@ -20,7 +20,13 @@ from dbtrain.cli.main import run
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "huggingface.md"
-SHORTER = ["training.steps=2", "training.batch_size=8", "model.width=16", "model.mlp_width=16"]
+SHORTER = [
+    "training.steps=2",
+    "schedule.warmup_steps=1",
+    "training.batch_size=8",
+    "model.width=16",
+    "model.mlp_width=16",
+]
 IMAGES = """---
 dataset_info:
   config_name: cifar100

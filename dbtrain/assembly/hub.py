@@ -10,6 +10,7 @@ from typing import Any
 
 from dbtrain.errors import UserError
 from dbtrain.hub import PREFIX, is_repository, not_installed, parse_model, quiet, refusal
+from dbtrain.model_config import is_registered
 from dbtrain.run_directory import TOKENIZER
 
 _PUSH = "--push"
@@ -54,8 +55,16 @@ def _model_section(config: Path, name: str) -> dict[str, Any]:
         section = json.loads(config.read_bytes())["config"]["model"]
     except (ValueError, KeyError, TypeError):
         section = None
-    if not isinstance(section, dict):
+    if not isinstance(section, dict) or not isinstance(section.get("family"), str):
         raise _no_model(name)
+    if not is_registered(section["family"]):  # reading the configuration would import it
+        raise UserError(
+            f"is of the family {section['family']!r}, and no module is imported because a file of the hub names it",
+            field="path",
+            value=name,
+            mend=f"import it yourself before, or `hf download {name.removeprefix(PREFIX).partition('@')[0]} --local-dir"
+            " FOLDER` and load FOLDER, if you trust it",
+        )
     return section
 
 
@@ -97,8 +106,10 @@ def push(folder: str, repository: str, *, private: bool = False) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="dbtrain")
-    with _refusing(folder, repository), quiet():
-        api.create_repo(repository, private=private, exist_ok=True)
+    again = f"hf upload {repository} {folder}{' --private' if private else ''}"
+    with _refusing(repository, again), quiet():
+        # Without a wish the owner's own default decides.
+        api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
             raise UserError(
                 "is there already and open to all",
@@ -115,14 +126,14 @@ def push(folder: str, repository: str, *, private: bool = False) -> str:
 
 
 @contextmanager
-def _refusing(folder: str, repository: str) -> Iterator[None]:
-    """Whatever the hub says, with the way on: the folder is there, and can be uploaded again."""
+def _refusing(repository: str, again: str) -> Iterator[None]:
+    """Whatever the hub says, with the way on: the folder is there, and the command `again` sends it."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # whatever the library says of network and rights
         said = refusal(error, _PUSH, repository, sending=True)
-        again = f"`hf upload {repository} {folder}` sends the exported folder, which is complete"
-        mend = again if said.mend is None else f"{said.mend}; then {again}"
+        way = f"`{again}` sends the exported folder, which is complete"
+        mend = way if said.mend is None else f"{said.mend}; then {way}"
         raise UserError(said.problem, field=_PUSH, value=repository, mend=mend) from None

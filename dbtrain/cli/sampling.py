@@ -27,7 +27,9 @@ _DIGITS = 9
 
 
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or run directory.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, run directory, or hf:OWNER/NAME.", show_default=False)
+    ],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from; may be given again.")
     ] = None,

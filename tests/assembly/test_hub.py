@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def test_what_stops_a_push(logged_in: HubServer, folder: Path, monkeypatch: pyte
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     logged_in.vanish(monkeypatch)
     assert f"{logged_in.url} does not answer (check the network" in said("me/vit")
+    with pytest.raises(UserError, match=f"`hf upload me/vit {folder} --private`"):  # not for all to see after all
+        push(str(folder), "me/vit", private=True)
     go_offline(monkeypatch)
     assert "cannot be sent, and the library was told to stay offline (unset HF_HUB_OFFLINE" in said("me/vit")
 
@@ -158,6 +161,20 @@ def test_what_is_no_model_of_ours(hub: HubServer, folder: Path) -> None:
         (torn / file).write_bytes(data)
     (torn / "model.safetensors").write_bytes(b"torn")
     assert said("hf:me/torn") == "path = 'hf:me/torn': model.safetensors is not the file that config.json describes"
+
+
+def test_no_module_is_imported_for_a_model_of_the_hub(hub: HubServer, folder: Path) -> None:
+    """Families of one's own are modules, which reading a configuration imports; a stranger's file names none."""
+    root = hub.repository("models", "me/odd")
+    root.mkdir(parents=True)
+    about = json.loads((folder / "config.json").read_text())
+    about["config"]["model"]["family"] = "this"  # whose import prints a poem
+    (root / "config.json").write_text(json.dumps(about))
+    (root / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    sys.modules.pop("this", None)
+    with pytest.raises(UserError, match=r"is of the family 'this', and no module is imported.*hf download me/odd"):
+        model_at("hf:me/odd@main")
+    assert "this" not in sys.modules
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

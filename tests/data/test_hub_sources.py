@@ -66,6 +66,8 @@ def test_offline_from_the_cache(bugs: Path, hub: HubServer, tmp_path: Path, monk
     assert prepare("hf:me/bugs", tmp_path / "second").facts() == first.facts()
     go_offline(monkeypatch)
     assert prepare("hf:me/bugs", tmp_path / "third").facts() == first.facts()
+    with pytest.raises(UserError, match="--subset = 'large': is not in the cache, which alone was asked"):
+        prepare("hf:me/bugs", tmp_path / "fourth", subset="large")
     with pytest.raises(UserError, match=r"hf:me/others'.* not in the cache, and the library was told to stay offline"):
         prepare("hf:me/others", tmp_path / "fourth")
 

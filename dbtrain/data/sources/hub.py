@@ -168,6 +168,8 @@ def _refusal(error: Exception, source: str, asked: HubSource, subset: str | None
         )
     if isinstance(error, ValueError) and "onfig" in said:
         problem = "is no subset of it" if subset is not None else "is needed: the data set has several"
+        if "Couldn't find cache" in said:
+            problem = "is not in the cache, which alone was asked"
         return UserError(problem, field="--subset", value=subset, mend=said)
     made = type(error).__name__.startswith("DatasetGeneration")  # while its files were read
     cause = error.__cause__ if made and isinstance(error.__cause__, Exception) else error
