@@ -133,6 +133,14 @@ def test_a_folder_of_image_files(class_folders: Callable[..., Path], tmp_path: P
     assert from_hub.facts() == prepare(str(root), tmp_path / "from-files").facts()
 
 
+def test_images_that_nothing_calls_images(tmp_path: Path) -> None:
+    """Parquet without the library's metadata: structs of bytes and path."""
+    images = [png(pixels) for pixels in random_pixels(20)]
+    write_parquet(tmp_path / "bare" / "train.parquet", images, [row % 2 for row in range(20)])
+    made = prepare(f"hf:{tmp_path / 'bare'}", tmp_path / "from-hub")
+    assert made.facts() == prepare(str(tmp_path / "bare"), tmp_path / "from-files").facts()
+
+
 def no_folder(root: Path) -> tuple[str, str]:
     return "hf:./nowhere", "there is no such folder"
 

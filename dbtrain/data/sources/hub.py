@@ -57,9 +57,7 @@ class HubTables:
         self.groups = {"": names} if asked.split else {s: [n] for s, n in zip(splits, names, strict=True)}
         self.train = self.groups["" if asked.split else "train"]
         self._features = splits[asked.split or "train"].features
-        self.schema = pa.schema(
-            [field for field in self._features.arrow_schema if not self._foreign(field)],
-        )
+        self.schema = pa.schema([field for field in self._features.arrow_schema if not self._foreign(field)])
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """Names of a column of class ids, if it has any."""
@@ -91,9 +89,10 @@ class HubTables:
         return UserError(problem, field=_FIELD, value=self.source, mend=mend)
 
     def _foreign(self, field: pa.Field[Any]) -> bool:
-        """Whether a column looks like images in Arrow and is none: sound is stored in the same way."""
+        """Whether a column looks like images in Arrow and is known as something else: sound is stored the same way."""
         is_struct = pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
-        return is_struct and type(self._features[field.name]).__name__ != "Image"
+        feature = self._features[field.name]
+        return is_struct and not isinstance(feature, dict) and type(feature).__name__ != "Image"
 
     def _embedded(self, column: str, values: Any, path: str) -> Any:
         """Images of folders are stored as the names of files, which are read here."""
