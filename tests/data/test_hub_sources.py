@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,28 @@ def test_images_that_nothing_calls_images(tmp_path: Path) -> None:
     assert made.facts() == prepare(str(tmp_path / "bare"), tmp_path / "from-files").facts()
 
 
+def write_names(path: Path, names: list[str]) -> None:
+    """Images of which the table has the names alone."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features = {"image": {"_type": "Image"}, "label": {"names": ["ant"], "_type": "ClassLabel"}}
+    images = pa.array([{"bytes": None, "path": name} for name in names], kind)
+    table = pa.table({"image": images, "label": pa.array([0] * len(names), pa.int64())})
+    path.parent.mkdir(parents=True)
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def test_image_files_on_the_hub(class_folders: Callable[..., Path], hub: HubServer, tmp_path: Path) -> None:
+    root = class_folders({"ant": 10, "bee": 10})
+    shutil.copytree(root, hub.repository("datasets", "me/files"))
+    assert prepare("hf:me/files", tmp_path / "from-hub").facts() == prepare(str(root), tmp_path / "from-files").facts()
+    # What is not of the data set stays unread, though it is there.
+    mine = str(root / "ant" / "000.png")
+    write_names(hub.repository("datasets", "me/names") / "train.parquet", [mine] * 20)
+    with pytest.raises(UserError, match=f"has an image that is a file elsewhere: {mine}"):
+        prepare("hf:me/names", tmp_path / "shards")
+
+
 def no_folder(root: Path) -> tuple[str, str]:
     return "hf:./nowhere", "there is no such folder"
 
@@ -181,13 +204,7 @@ def a_program(root: Path) -> tuple[str, str]:
 
 
 def a_missing_image(root: Path) -> tuple[str, str]:
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    features = {"image": {"_type": "Image"}, "label": {"names": ["ant"], "_type": "ClassLabel"}}
-    images = pa.array([{"bytes": None, "path": "/no/such.png"}] * 20, kind)
-    table = pa.table({"image": images, "label": pa.array([0] * 20, pa.int64())})
-    (root / "gone").mkdir()
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    pq.write_table(table.replace_schema_metadata(metadata), root / "gone" / "train.parquet")
+    write_names(root / "gone" / "train.parquet", ["/no/such.png"] * 20)
     return "hf:./gone", "has an image that cannot be read: .*such.png"
 
 

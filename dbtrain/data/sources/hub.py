@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ class HubTables:
     def __init__(self, source: str, subset: str | None):
         self.source = source
         asked = parse(source)
+        self._local = asked.local
         self.name = f"hf:{asked.path}" + (f":{asked.split}" if asked.split else "")
         if subset is not None:
             self.name += f" --subset {subset}"
@@ -97,8 +99,15 @@ class HubTables:
     def _embedded(self, column: str, values: Any, path: str) -> Any:
         """Images of folders are stored as the names of files, which are read here."""
         feature = self._features[column]
-        if type(feature).__name__ != "Image" or not values.field("bytes").null_count:
+        empty = values.field("bytes").is_null() if type(feature).__name__ == "Image" else None
+        if empty is None or not empty.true_count:
             return values
+        if not self._local:  # a stranger's table names files: of this machine only those that came with it
+            names = [name for name in values.field("path").filter(empty).to_pylist() if name]
+            elsewhere = [name for name in names if not _came_with_it(name)]
+            if elsewhere:
+                problem = f"has an image that is a file elsewhere: {elsewhere[0]}"
+                raise UserError(problem, field=_FIELD, value=path, mend="look for a version with images inside")
         try:
             return feature.embed_storage(values)
         except OSError as error:
@@ -139,6 +148,17 @@ def _last(text: str) -> tuple[str, str, str]:
     """What stands before and after the last colon, if any; a split's name has no slash."""
     place, colon, split = text.rpartition(":")
     return (place, colon, split) if colon and "/" not in split else (text, "", "")
+
+
+def _came_with_it(name: str) -> bool:
+    """Whether a file is one that the library fetched, perhaps inside an archive."""
+    import datasets
+    from huggingface_hub import constants
+
+    place = name.rpartition("::")[2]
+    whole = os.path.abspath(place)
+    caches = [os.path.abspath(cache) for cache in (datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)]
+    return place.startswith("hf://datasets/") or any(os.path.commonpath([whole, cache]) == cache for cache in caches)
 
 
 def _load(source: str, asked: HubSource, subset: str | None) -> dict[str, Any]:
