@@ -24,15 +24,16 @@ __all__ = ["CorruptData", "UserError", "__version__", "load"]
 
 
 def load(path: str, device: str | torch.device = "cpu") -> FrontDoor:
-    """The model in a run directory or model folder, ready to `predict`, `sample`, `generate` or `infill`.
+    """The model in a run directory, a model folder or on the hub, ready to `predict`, `sample`, `generate` or `infill`.
 
     Args:
-        path: a local path or any pyarrow filesystem URI (s3://..., gs://...). A run that is finished and not
-            assembled yet is assembled first.
+        path: a local path, any pyarrow filesystem URI (s3://..., gs://...), or a model of the Hugging Face hub
+            (`hf:owner/name`, `hf:owner/name@revision`). A run that is finished and not assembled yet is assembled
+            first.
         device: where inference runs.
 
     Raises:
-        UserError: there is no assembled model at `path`, nor a finished run.
+        UserError: there is no assembled model at `path`, nor a finished run; or the hub does not give it.
         CorruptData: its files are damaged.
     """
     # PyTorch takes seconds to import; programs that only look at the version or the errors do not pay for it.

@@ -75,6 +75,11 @@ def _literal(annotation: str) -> str:
     return annotation.partition("[")[2].rstrip("]").strip("'\"")
 
 
+def is_registered(family: object) -> bool:
+    """Whether the family is built in, or its module was imported already."""
+    return isinstance(family, str) and family in _CONFIGS
+
+
 def config_class(family: object) -> type[ModelConfig]:
     """The class of the `model` section of a family.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer, talk_to
 from hypothesis import settings
 from object_store import ObjectStore
 from small_families import is_text, raw_config
@@ -51,6 +52,15 @@ def object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ob
     store = ObjectStore(folder, monkeypatch)
     yield store
     store.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hugging Face hub of the test's own, empty; this process's client talks to it, with a cache and no token."""
+    server = HubServer(tmp_path / "hub")
+    talk_to(server.url, tmp_path / "home", monkeypatch)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor
 
+from dbtrain.assembly.card import run_card
 from dbtrain.config import RunConfig
 from dbtrain.errors import CorruptData, UserError
-from dbtrain.models import Task, family_of
+from dbtrain.models import family_of
 from dbtrain.plan import Plan
 from dbtrain.run_directory import TOKENIZER, BlockDirectory, RunDirectory
 from dbtrain.storage import temporary_name
@@ -31,14 +32,6 @@ from dbtrain.training.planner import build_on_meta, check_plan, origin
 Weights = Literal["ema", "raw"]
 FORMAT = 1
 """Version of the model folder's layout."""
-
-
-_USE: dict[Task, str] = {
-    "classify": 'print(model.predict(["image.png"]))',
-    "generate_images": "images = model.sample(16)",
-    "generate_text": 'print(model.generate(["The "], tokens=100))',
-    "unmask_text": "print(model.generate())",
-}
 
 
 @dataclass(frozen=True)
@@ -132,12 +125,11 @@ def _choose(config: RunConfig, weights: Weights | None) -> Weights:
     return weights or ("ema" if averaged else "raw")
 
 
-def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights, steps: tuple[int, ...]) -> Assembled:
-    config, plan = run.config, run.plan
-    data = safetensors.torch.save(tensors)
-    sha256 = hashlib.sha256(data).hexdigest()
-    parameters = sum(block.parameters for block in plan.blocks)
-    about: dict[str, Any] = {
+def describe_model(
+    config: RunConfig, plan: Plan, weights: Weights, steps: tuple[int, ...], sha256: str
+) -> dict[str, Any]:
+    """The content of a model folder's config.json."""
+    return {
         "format": FORMAT,
         "weights": weights,
         "steps": steps,
@@ -145,10 +137,18 @@ def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights, step
         "config": config.model_dump(mode="json"),
         "plan": plan.model_dump(mode="json"),
     }
+
+
+def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights, steps: tuple[int, ...]) -> Assembled:
+    config, plan = run.config, run.plan
+    data = safetensors.torch.save(tensors)
+    sha256 = hashlib.sha256(data).hexdigest()
+    parameters = sum(block.parameters for block in plan.blocks)
+    about = describe_model(config, plan, weights, steps, sha256)
     folder, storage = temporary_name("model"), run.storage
     try:
         storage.write_atomic(f"{folder}/model.safetensors", data)
-        storage.write_atomic(f"{folder}/README.md", _model_card(config, plan, weights, steps, sha256).encode())
+        storage.write_atomic(f"{folder}/README.md", run_card(config, plan, weights, steps, sha256).encode())
         if storage.exists(TOKENIZER):
             storage.write_atomic(f"{folder}/{TOKENIZER}", storage.read_bytes(TOKENIZER))
         storage.write_atomic(f"{folder}/config.json", json.dumps(about, indent=2).encode())
@@ -166,25 +166,4 @@ def _write(run: RunDirectory, tensors: dict[str, Tensor], weights: Weights, step
         bytes=len(data),
         steps=steps,
         partial=min(steps) < plan.steps,
-    )
-
-
-def _model_card(config: RunConfig, plan: Plan, weights: Weights, steps: tuple[int, ...], sha256: str) -> str:
-    what = (
-        f"{len(plan.blocks)} independently trained denoising blocks, {config.model.depth} layers in all"
-        if plan.kind == "blocks"
-        else f"the end-to-end network, {config.model.depth} layers"
-    )
-    kept = "exponential moving average" if weights == "ema" else "last step"
-    trained = f"{plan.steps} steps"
-    if min(steps) < plan.steps:
-        trained = f"{', '.join(map(str, steps))} of {plan.steps} steps (training goes on)"
-    return (
-        f"# {config.name}\n\n"
-        f"A {config.model.family} model trained by dbtrain: {what}.\n\n"
-        f"- weights: {kept} after {trained} of {plan.batch_size} samples a block\n"
-        f"- seed: {config.seed}\n"
-        f"- SHA-256 of model.safetensors: `{sha256}`\n\n"
-        '```python\nimport dbtrain\n\nmodel = dbtrain.load("path/to/this/folder")\n'
-        f"{_USE[family_of(config).task]}\n```\n"
     )

@@ -1,31 +1,33 @@
-"""An assembled causal language model as a folder that Hugging Face's Llama loads.
+"""An assembled model as a folder for others: weights as safetensors, config.json and a model card.
 
-What is written is an ordinary transformer: one embedding, all layers in a row, one norm, one head. An end-to-end
-network is just that, and is exported exactly. Denoising blocks are not. Of them goes out the stitched *clean path*: the
-embedding of the first block, the layers of all blocks, final norm and head of the last one. What turns a block into a
-denoiser (code stem, noise embedding, modulations, codebook, the other blocks' embeddings and heads) has no place there,
-and the chain with it.
+dbtrain   what `dbtrain.load` reads: the blocks, the codebook, and the chain through them. Of any family.
+llama     what Hugging Face's Llama loads: one plain forward pass (`dbtrain.assembly.llama`). Of `causal_lm` alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import safetensors.torch
 from torch import Tensor
 
+from dbtrain.assembly.assemble import Weights, describe_model
+from dbtrain.assembly.card import Beside, dbtrain_card, llama_card
+from dbtrain.assembly.llama import about_llama, clean_weights, describe, json_file, tokenizer_files
 from dbtrain.assembly.loading import AssembledModel
-from dbtrain.data.text.tokenizer import load_tokenizer
+from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
 from dbtrain.model_config import CausalLMConfig
-from dbtrain.models.pretrained import EMBEDDING, HEAD, checkpoint_name
+from dbtrain.models.pretrained import HEAD
 from dbtrain.run_directory import TOKENIZER
 from dbtrain.storage import LocalStorage, temporary_name
+
+Format = Literal["dbtrain", "llama"]
 
 _MEND = "choose a new or empty folder"
 
@@ -35,50 +37,92 @@ class Exported:
     """What `export` made."""
 
     path: str
+    format: Format
+    weights: Weights
+    """Averaged or last ones, as the run was assembled."""
     clean_path: bool
-    """Whether it is the clean path of denoising blocks; otherwise it is the end-to-end network itself."""
+    """Whether it is the clean path of denoising blocks; otherwise it is the model itself."""
     parameters: int
     bytes: int
     """Of model.safetensors."""
+    sha256: str
+    """Of model.safetensors; in our own format that of the run's model."""
     tokenizer: bool
-    """Whether the folder has a tokenizer that the library reads; tokens that are bytes have none."""
+    """Whether the folder has a tokenizer; in Llama's format tokens that are bytes have none."""
 
 
-def export(model: AssembledModel, out: str | Path) -> Exported:
+def export(
+    model: AssembledModel,
+    out: str | Path,
+    format: Format | None = None,
+    beside: Beside | None = None,
+) -> Exported:
     """Write an assembled model into the folder `out` of this machine.
 
-    A text goes into the exported model as it goes into ours: first the document separator (bos_token_id in
-    config.json), which the exported tokenizer puts there, then the tokens.
+    A text goes into a Llama as it goes into ours: first the document separator (bos_token_id in config.json), which the
+    exported tokenizer puts there, then the tokens.
 
     A new folder appears under its name complete. One that is there is filled in place, since it may be a mount point or
     the working directory; config.json comes last, and without it nobody takes the rest for a model.
 
+    Args:
+        format: `llama` for a `causal_lm` and `dbtrain` for all others when not given.
+        beside: what else the card says.
+
     Raises:
-        UserError: the model is of another family, or `out` is taken or cannot be written.
+        UserError: the family has no such format, or `out` is taken or cannot be written.
     """
     target = _located(out)
     there = _is_there(target)
     section = model.config.model
-    if section.family != "causal_lm":
-        raise UserError("cannot be exported, only causal_lm can", field="model.family", value=section.family)
-    assert isinstance(section, CausalLMConfig)
-    tensors = clean_weights(model)
-    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    tokenizer = _tokenizer_files(model, section)
-    files = {
-        "README.md": _card(model, bool(tokenizer)).encode(),
-        **tokenizer,
-        "model.safetensors": data,
-        "config.json": _text(_describe(section, tied=HEAD not in tensors)),
-    }
+    chosen: Format = format or ("llama" if isinstance(section, CausalLMConfig) else "dbtrain")
+    if chosen == "llama" and not isinstance(section, CausalLMConfig):
+        raise UserError(
+            f"is for causal_lm alone, not for {section.family}", field="--format", value=chosen, mend="use dbtrain"
+        )
+    config = public(model.config)
+    beside = beside or Beside()
+    if isinstance(section, CausalLMConfig) and chosen == "llama":
+        tensors = clean_weights(model)
+        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        tokenizer = tokenizer_files(model, section)
+        card = llama_card(model, config, beside, about_llama(model, bool(tokenizer)))
+        described = describe(section, tied=HEAD not in tensors)
+    else:
+        tensors = _own_weights(model)
+        data = safetensors.torch.save(tensors)
+        tokenizer = {} if model.tokenizer is None else {TOKENIZER: model.tokenizer}
+        card = dbtrain_card(model, config, beside)
+        described = describe_model(config, model.plan, model.weights, model.steps, hashlib.sha256(data).hexdigest())
+    files = {"README.md": card.encode(), **tokenizer, "model.safetensors": data, "config.json": json_file(described)}
     _write(files, target, there)
     return Exported(
         path=str(target),
-        clean_path=not model.end_to_end,
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        format=chosen,
+        weights=model.weights,
+        clean_path=chosen == "llama" and not model.end_to_end,
+        parameters=sum(tensor.numel() for name, tensor in tensors.items() if name != "codebook"),
         bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
         tokenizer=bool(tokenizer),
     )
+
+
+def public(config: RunConfig) -> RunConfig:
+    """The configuration without what it tells of its machine: folders of the data, and where a checkpoint lay."""
+    data = config.data.model_copy(update={"path": None, "cache": None})
+    model, pretrained = config.model, getattr(config.model, "pretrained", None)
+    if pretrained is not None:
+        model = model.model_copy(update={"pretrained": Path(pretrained).name})
+    return config.model_copy(update={"data": data, "model": model})
+
+
+def _own_weights(model: AssembledModel) -> dict[str, Tensor]:
+    """All tensors by the names that `assemble` gave them."""
+    tensors = {} if model.codebook is None else {"codebook": model.codebook}
+    for block, module in zip(model.plan.blocks, model.modules, strict=True):
+        tensors |= {f"blocks.{block.index}.{name}": value for name, value in module.named_parameters()}
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
 def _located(out: str | Path) -> Path:
@@ -123,103 +167,3 @@ def _write(files: dict[str, bytes], target: Path, there: bool) -> None:
             for name in [f"{folder}/{name}" for name in files] if there else [folder]:
                 storage.remove_tree(name)
         raise
-
-
-def clean_weights(model: AssembledModel) -> dict[str, Tensor]:
-    """The weights of the plain forward pass through all layers, by their names in a Hugging Face checkpoint.
-
-    A head that is tied to the embedding inside each block goes out as a matrix of its own where blocks are several:
-    the last block's embedding is not the first's.
-    """
-    first, last = model.modules[0], model.modules[-1]
-    tensors: dict[str, Tensor] = {}
-    for block, module in zip(model.plan.blocks, model.modules, strict=True):
-        for name, value in module.named_parameters():
-            stored = checkpoint_name(name, block.layers[0])
-            giver = first if stored == EMBEDDING else module if name.startswith("layers.") else last
-            if stored is not None and module is giver:
-                tensors[stored] = value
-    if HEAD not in tensors and last is not first:
-        tensors[HEAD] = last.get_parameter("embed_tokens.weight")
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-def _describe(model: CausalLMConfig, tied: bool) -> dict[str, Any]:
-    """config.json. The base of RoPE stands in it twice, as versions 4 and 5 of the library look for it."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": model.mlp_width,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads or model.heads,
-        "head_dim": model.width // model.heads,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": model.length,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "tie_word_embeddings": tied,
-        "bos_token_id": model.begin,
-        "eos_token_id": model.begin,
-        "torch_dtype": "float32",
-    }
-
-
-def _tokenizer_files(model: AssembledModel, section: CausalLMConfig) -> dict[str, bytes]:
-    """The tokenizer and what the library wants to know of it; none where tokens are bytes.
-
-    Whatever the tokenizer used to put around a text, the separator before it is what the network was trained with.
-    """
-    if model.tokenizer is None or load_tokenizer(model.tokenizer).kind == "byte":
-        return {}
-    raw = json.loads(model.tokenizer)
-    separator = {token["id"]: token["content"] for token in raw["added_tokens"]}[section.begin]
-    begin = {"SpecialToken": {"id": separator, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    raw["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [begin, first],
-        "pair": [begin, first, begin, second],
-        "special_tokens": {separator: {"id": separator, "ids": [section.begin], "tokens": [separator]}},
-    }
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": separator,
-        "eos_token": separator,
-        "model_max_length": section.length,
-        "clean_up_tokenization_spaces": False,
-    }
-    return {TOKENIZER: json.dumps(raw, ensure_ascii=False).encode(), "tokenizer_config.json": _text(about)}
-
-
-def _card(model: AssembledModel, has_tokenizer: bool) -> str:
-    config, section = model.config, model.config.model
-    assert isinstance(section, CausalLMConfig)
-    if model.end_to_end:
-        what = "The network, trained end to end by dbtrain; nothing was changed."
-    else:
-        what = (
-            f"The clean path through {len(model.modules)} blocks that dbtrain trained independently: embedding of the"
-            " first block, all layers, final norm and head of the last. This is an ordinary forward pass and not the"
-            " denoising chain, which the run's own model folder has; how well it predicts is for you to measure."
-        )
-    if has_tokenizer:
-        ids = f"Its tokenizer is here, and puts the token {section.begin}, which ends documents, before every text."
-    else:
-        ids = (
-            f"Token ids 0 to 255 are the bytes of UTF-8 text. Every text begins with the token {section.begin}, which"
-            " also ends documents."
-        )
-    return (
-        f"# {config.name}\n\n{what}\n\n{ids} A text has at most {section.length} tokens, that one included.\n\n"
-        f"- SHA-256 of the model.safetensors it was made from: `{model.sha256}`\n"
-    )
-
-
-def _text(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()

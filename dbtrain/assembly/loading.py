@@ -58,15 +58,17 @@ class AssembledModel:
         return min(self.steps) < self.plan.steps
 
 
-def load_model(path: str, device: str | torch.device = "cpu") -> AssembledModel:
+def load_model(path: str, device: str | torch.device = "cpu", folder: str | None = None) -> AssembledModel:
     """Load the model folder at `path`, or the `model` folder of the run directory at `path`.
+
+    Errors speak of `path`, also where a `folder` is given that was fetched from there.
 
     Raises:
         UserError: there is no assembled model at `path`, or no such device.
         CorruptData: its files are damaged or do not belong together.
     """
     where = inference_device(device)
-    storage = Storage.open(path)
+    storage = Storage.open(folder or path)
     if not storage.exists("model.safetensors") and storage.exists("model/model.safetensors"):
         storage = storage.sub("model")
     if not storage.exists("model.safetensors") or not storage.exists("config.json"):

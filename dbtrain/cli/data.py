@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from dbtrain.cli.output import AsJson, emit_json, err, whole_number
 from dbtrain.errors import UserError
+from dbtrain.hub import on_hub
 
 if TYPE_CHECKING:
     from dbtrain.data.manifest import Manifest
@@ -21,7 +22,8 @@ def prepare(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="`digits`, `topics`, class folders of images, text files, JSON lines, or Parquet (file, folder, URI).",
+            help="`digits`, `topics`, class folders of images, text files, JSON lines, Parquet (file, folder, URI), or"
+            " hf:OWNER/NAME[:SPLIT].",
             show_default=False,
         ),
     ],
@@ -88,6 +90,10 @@ def prepare(
             show_default=False,
         ),
     ] = None,
+    subset: Annotated[
+        str | None,
+        typer.Option("--subset", metavar="CONFIG", help="hf: which of several configurations.", show_default=False),
+    ] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Keep zstd copies that training can restore from.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that are there.")] = False,
     as_json: AsJson = False,
@@ -121,6 +127,7 @@ def prepare(
             length=length,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
+            subset=subset,
             cold=cold,
             overwrite=overwrite,
             progress=advance,
@@ -170,7 +177,11 @@ def _describe(manifest: Manifest) -> tuple[str, dict[str, int]]:
 
 
 def _name_of(source: str) -> str:
-    """`photos` for photos/, ../photos, photos.parquet and s3://bucket/photos."""
+    """`photos` for photos/, ../photos, photos.parquet, s3://bucket/photos and hf:owner/photos:train."""
+    if on_hub(source):
+        from dbtrain.data.sources.hub import parse
+
+        source = parse(source).path
     last = source.rstrip("/").rpartition("/")[2] if "://" in source else Path(source).expanduser().resolve().name
     for suffix in (".parquet", ".arrow", ".feather", ".txt", ".md", ".jsonl"):
         last = last.removesuffix(suffix)

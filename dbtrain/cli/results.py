@@ -108,7 +108,9 @@ def evaluate(
 
 
 def predict(
-    run: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or run directory.", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, run directory, or hf:OWNER/NAME.", show_default=False)
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
     readout: Annotated[
         str | None, typer.Option("--readout", help="Instead of chain.readout.", show_default=False)

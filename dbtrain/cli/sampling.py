@@ -11,6 +11,7 @@ from rich.progress import Progress
 from dbtrain.cli.output import AsJson, emit_json, err
 from dbtrain.cli.results import Device
 from dbtrain.errors import UserError
+from dbtrain.hub import on_hub
 
 if TYPE_CHECKING:
     from dbtrain.inference.generate import TextGenerator
@@ -26,7 +27,9 @@ _DIGITS = 9
 
 
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or run directory.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, run directory, or hf:OWNER/NAME.", show_default=False)
+    ],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from; may be given again.")
     ] = None,
@@ -108,7 +111,7 @@ def _draw(sampler: ImageSampler, model: str, options: dict[str, Any]) -> dict[st
     from dbtrain.inference.sample_files import check_folder, save_samples
     from dbtrain.storage import Storage
 
-    folder, home = options.get("--out"), Storage.open(model).local_path
+    folder, home = options.get("--out"), None if on_hub(model) else Storage.open(model).local_path
     if folder is None:
         if home is None:
             raise UserError("is needed where the model is not on this machine's disks", field="--out")

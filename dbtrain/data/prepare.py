@@ -38,6 +38,7 @@ def prepare(
     length: int | None = None,
     tokenizer: str | None = None,
     vocab_size: int | None = None,
+    subset: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     cold: bool = False,
     overwrite: bool = False,
@@ -49,7 +50,8 @@ def prepare(
 
     Args:
         source: `digits`, `topics`, Parquet of images, latents or text (file, folder, pyarrow filesystem URI), Arrow
-            files of latents, a text file or JSON lines, or a folder of text files or class folders of images.
+            files of latents, a text file or JSON lines, a folder of text files or class folders of images, or a data
+            set of the Hugging Face hub (`hf:owner/name`, `hf:owner/name:split`, `hf:./folder` in its layout).
         out: the new folder.
         size: resize the shorter side of every image to this many pixels and cut the centre square.
         channels: 1 for grey, 3 for colour; that of the first image when not given.
@@ -58,6 +60,7 @@ def prepare(
         length: tokens in a window of text; 256 when not given.
         tokenizer: `byte` (when not given), `bpe` to train one on the training text, or the path of a tokenizer.json.
         vocab_size: number of token ids of a tokenizer that is trained; 4096 when not given.
+        subset: configuration of a data set of the hub that has several.
         shard_bytes: upper bound on the size of one shard.
         cold: keep zstd copies of the shards as well, from which training restores shards that were deleted.
         overwrite: replace shards that are in `out` already.
@@ -76,6 +79,7 @@ def prepare(
         length=length,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
+        subset=subset,
     )
     replace = _check_free(out, overwrite)
     try:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from dbtrain.assembly.assemble import assemble
+from dbtrain.assembly.hub import fetch_model
 from dbtrain.assembly.loading import AssembledModel, load_model
 from dbtrain.data.manifest import Split
+from dbtrain.hub import on_hub
 from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.evaluation import Evaluation, Progress
 from dbtrain.run_directory import PLAN, RunDirectory
@@ -40,12 +42,14 @@ def model_of(run: RunDirectory, device: str | torch.device = "cpu") -> Assembled
 
 
 def model_at(path: str, device: str | torch.device = "cpu") -> AssembledModel:
-    """The model of the run directory at `path`, as `model_of` finds it, or the model folder there.
+    """The model of the run directory at `path`, as `model_of` finds it, the model folder there, or `hf:owner/name`.
 
     Raises:
-        UserError: there is neither, the run is unfinished, or there is no such device.
+        UserError: there is none of them, the run is unfinished, or there is no such device.
         CorruptData: its files are damaged or do not belong together.
     """
+    if on_hub(path):
+        return load_model(path, device, fetch_model(path))
     storage = Storage.open(path)
     if storage.exists(PLAN) and not storage.exists("model.safetensors"):
         return model_of(RunDirectory.open(storage), device)
@@ -83,6 +87,14 @@ def evaluation_of(
     kept = {"of": key, "evaluation": result.as_json()}
     run.storage.write_atomic(EVALUATION, json.dumps(kept, indent=2).encode())
     return result
+
+
+def evaluation_at(path: str, model: AssembledModel) -> Evaluation | None:
+    """What the run directory at `path` remembers of the evaluation of `model`, on whichever split; none elsewhere."""
+    if on_hub(path) or not (storage := Storage.open(path)).exists(PLAN):
+        return None
+    chain = model.config.chain.model_dump(mode="json")
+    return _kept(RunDirectory.open(storage), {"sha256": model.sha256, "chain": chain})
 
 
 def _kept(run: RunDirectory, key: dict[str, Any]) -> Evaluation | None:

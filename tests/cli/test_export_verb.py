@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused, dbtrain, tree, unchanged
+from hub_server import TOKEN, HubServer
 from small_disks import small_disk
+
+from dbtrain.config import RunConfig
 
 FILES = {"README.md", "config.json", "model.safetensors"}
 
@@ -23,7 +26,9 @@ def test_as_json(model: Path, place: Path) -> None:
     result = dbtrain("export", "run", "--out", "new/out", "--json")
     assert (result.code, result.stderr) == (0, "")
     made = result.json()
-    assert made.keys() == {"path", "clean_path", "parameters", "bytes", "tokenizer"}
+    known = {"path", "format", "weights", "clean_path", "parameters", "bytes", "sha256", "tokenizer"}
+    assert made.keys() == known
+    assert (made["format"], made["weights"]) == ("llama", "ema")
     assert (made["path"], made["clean_path"], made["tokenizer"]) == (str(place / "new" / "out"), True, False)
     assert set(tree(place / "new")) == {"out", *(f"out/{name}" for name in FILES)}
     assert made["bytes"] == (place / "new" / "out" / "model.safetensors").stat().st_size
@@ -172,11 +177,6 @@ def nothing(texts: Path, place: Path) -> list[str]:
     return ["'run'", "holds no assembled model"]
 
 
-def another_family(texts: Path, place: Path) -> list[str]:
-    shutil.copytree(texts / "masked_lm", place / "run")
-    return ["model.family = 'masked_lm'", "cannot be exported, only causal_lm can"]
-
-
 def a_torn_model(texts: Path, place: Path) -> list[str]:
     path = shutil.copytree(texts / "causal_lm", place / "run") / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -188,9 +188,7 @@ def an_export(texts: Path, place: Path) -> list[str]:
     return ["'run'", "config.json is not that of a model"]
 
 
-@pytest.mark.parametrize(
-    "make", [unfinished, nothing, another_family, a_torn_model, an_export], ids=lambda make: make.__name__
-)
+@pytest.mark.parametrize("make", [unfinished, nothing, a_torn_model, an_export], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_what_cannot_be_exported(
     texts: Path, place: Path, make: Callable[[Path, Path], list[str]], form: list[str]
@@ -199,6 +197,61 @@ def test_what_cannot_be_exported(
     with unchanged(place):
         result = dbtrain("export", "run", "--out", "out", *form)
     assert_refused(result, *expected)
+
+
+def test_a_format_that_the_family_has_not(texts: Path, place: Path) -> None:
+    shutil.copytree(texts / "masked_lm", place / "run")
+    with unchanged(place):
+        result = dbtrain("export", "run", "--out", "out", "--format", "llama")
+    assert_refused(result, "--format = 'llama'", "causal_lm alone, not for masked_lm", "use dbtrain")
+
+
+def test_another_family(texts: Path, place: Path) -> None:
+    shutil.copytree(texts / "masked_lm", place / "run")
+    made = dbtrain("export", "run", "--out", "out", "--json").json()
+    assert (made["format"], made["clean_path"], made["tokenizer"]) == ("dbtrain", False, True)
+    assert dbtrain("sample", "out", "--json").code == 0
+
+
+def test_to_the_hub_and_back(
+    texts: Path, model: Path, place: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = ["export", "run", "--format", "dbtrain", "--push", "me/lm"]
+    with unchanged(place):
+        assert_refused(dbtrain(*ours, "--out", "out"), "--push = 'me/lm'", "needs a token", "set HF_TOKEN")
+        assert_refused(dbtrain("export", "run", "--out", "out", "--private"), "--private", "add --push")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    sent = dbtrain(*ours, "--out", "out", "--license", "mit", "--private", "--json")
+    assert (sent.code, sent.stderr) == (0, "")
+    made = sent.json()
+    assert made["url"].startswith(f"{hub.url}/me/lm/commit/")
+    assert set(hub.files("models", "me/lm")) == {*FILES, "tokenizer.json"}
+    card = hub.files("models", "me/lm")["README.md"].decode()
+    assert card.startswith("---\nlicense: mit\n")
+    assert 'dbtrain.load("hf:me/lm")' in card
+    asked = ["--prompt", "The ", "--tokens", "4", "--greedy", "--json"]
+    assert dbtrain("sample", "hf:me/lm", *asked).json() == dbtrain("sample", "run", *asked).json()
+    # Once more exported, from the hub: the same weights.
+    again = dbtrain("export", "hf:me/lm", "--format", "dbtrain", "--out", "again", "--json").json()
+    assert again["sha256"] == made["sha256"]
+    # What cannot be sent is there nevertheless, complete.
+    lost = dbtrain("export", "run", "--out", "llama", "--push", "you/lm")
+    assert_refused(lost, "--push = 'you/lm'", "(403)", f"`hf upload you/lm {place / 'llama'}`")
+    assert {path.name for path in (place / "llama").iterdir()} == FILES
+
+
+def test_images_of_a_model_on_the_hub_need_a_folder(
+    family_config: Callable[..., RunConfig], place: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "dit.yaml").write_text(family_config("dit", training={"steps": 1}).to_yaml())
+    assert dbtrain("train", "dit.yaml", "--run", "run", "--backend", "inline").code == 0
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert dbtrain("export", "run", "--out", "out", "--push", "me/dit").code == 0
+    drawing = ["sample", "hf:me/dit", "--count", "1", "--steps", "1"]
+    with unchanged(place):
+        assert_refused(dbtrain(*drawing), "--out", "is needed where the model is not on this machine's disks")
+    assert dbtrain(*drawing, "--out", "images").code == 0
+    assert list((place / "images").glob("*.png"))
 
 
 def test_half_an_export_is_no_model(model: Path, place: Path) -> None:

@@ -39,6 +39,8 @@ class SourceOptions:
     """Text: `byte` (when None), `bpe` to train one, or a tokenizer file of the Hugging Face library."""
     vocab_size: int | None = None
     """Text: number of token ids of a tokenizer that is trained."""
+    subset: str | None = None
+    """Data sets of the Hugging Face hub: which of several configurations."""
 
     def __post_init__(self) -> None:
         """Refuse values that no source could use."""

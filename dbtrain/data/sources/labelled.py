@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dbtrain.data.manifest import Split
 from dbtrain.data.sources.base import HELD_OUT, TEST_NAMES, holdout
-from dbtrain.data.sources.tables import TableFiles
+from dbtrain.data.sources.tables import Tables
 from dbtrain.errors import UserError
 
 _LABEL_NAMES = ("label", "fine_label")
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 class LabelledTables:
     """Rows with labels in two splits; without a test split, a tenth of every class is held out."""
 
-    def __init__(self, tables: TableFiles, label_column: str | None, *, optional: bool):
+    def __init__(self, tables: Tables, label_column: str | None, *, optional: bool):
         self._tables = tables
         self._column = self._find_label(label_column, optional)
         labels = self._labels(tables.train)

@@ -12,7 +12,7 @@ from dbtrain.data.columns import DType, ImageShape, Rows
 from dbtrain.data.manifest import Split
 from dbtrain.data.sources.base import SourceOptions, image_rows
 from dbtrain.data.sources.labelled import LabelledTables
-from dbtrain.data.sources.tables import TableFiles
+from dbtrain.data.sources.tables import Tables
 from dbtrain.errors import UserError
 
 _PREFERRED = "latent"
@@ -29,7 +29,7 @@ class Latents:
 
     kind: Literal["latent"] = "latent"
 
-    def __init__(self, tables: TableFiles, column: str, options: SourceOptions):
+    def __init__(self, tables: Tables, column: str, options: SourceOptions):
         self.name = tables.name
         self._column = column
         self._type = cast("pa.FixedShapeTensorType[Any]", tables.schema.field(column).type)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from dbtrain import hub
 from dbtrain.data.sources.base import TEST_NAMES, Source, SourceOptions
 from dbtrain.data.sources.folders import IMAGE_SUFFIXES, ClassFolders
 from dbtrain.data.sources.latents import Latents, latent_column
 from dbtrain.data.sources.parquet import ParquetImages, image_column
-from dbtrain.data.sources.tables import ARROW, PARQUET, SPLIT_NAME, TableFiles
+from dbtrain.data.sources.tables import ARROW, PARQUET, SPLIT_NAME, TableFiles, Tables
 from dbtrain.data.text.documents import Documents, JsonLines, TableText, TextFiles, text_column, topics
 from dbtrain.data.text.source import PackedText, SplitDocuments
 from dbtrain.errors import UserError
@@ -24,8 +26,8 @@ _ABOUT = ("readme", "license", "licence")
 
 
 def open_source(source: str, options: SourceOptions) -> Source:
-    """`digits` or `topics`, a file, folder or URI of Parquet or Arrow, a text file, JSON lines, or a folder of text
-    files or class folders.
+    """`digits` or `topics`, a data set of the Hugging Face hub (`hf:...`), a file, folder or URI of Parquet or Arrow, a
+    text file, JSON lines, or a folder of text files or class folders.
 
     Raises:
         UserError: there is no such source, nothing in it can be read, or an option does not apply to it.
@@ -38,21 +40,25 @@ def open_source(source: str, options: SourceOptions) -> Source:
     if source == "topics":
         options.check_only(_TEXT_OPTIONS, "the topics")
         return PackedText(source, SplitDocuments(topics(), None), options)
+    if hub.on_hub(source):
+        from dbtrain.data.sources.hub import HubTables  # as above
+
+        return _open_tables(HubTables(source, options.subset), replace(options, subset=None))
     if "://" in source:
-        return _open_tables(source, options)
+        return _open_tables(TableFiles(source), options)
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(
             "there is no such file or folder",
             field="SOURCE",
             value=source,
-            mend="give `digits`, `topics`, a Parquet or text file, or a folder",
+            mend="give `digits`, `topics`, a Parquet or text file, a folder, or hf:owner/name",
         )
     path = path.resolve()
     files = [path] if path.is_file() else _files(path)
     suffixes = {file.suffix.lower() for file in files}
     if not suffixes.isdisjoint((*PARQUET, *ARROW)):
-        return _open_tables(source, options)
+        return _open_tables(TableFiles(source), options)
     if not suffixes.isdisjoint(_LINES):
         lines = [file for file in files if file.suffix.lower() in _LINES]
         others = [file for file in files if file.suffix.lower() in _TEXT and not _is_about(file)]
@@ -72,7 +78,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
                 value=source,
                 mend="if it is text, give it one of these endings",
             )
-        return _open_tables(source, options)
+        return _open_tables(TableFiles(source), options)
     if suffixes.isdisjoint(_TEXT) or not suffixes.isdisjoint(IMAGE_SUFFIXES):
         options.check_only(_IMAGE_OPTIONS, "class folders of images")
         return ClassFolders(path, options)
@@ -107,9 +113,8 @@ def _files(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _open_tables(source: str, options: SourceOptions) -> Source:
-    """What the columns of table files show: images, latents or text; text in any case where its column is named."""
-    tables = TableFiles(source)
+def _open_tables(tables: Tables, options: SourceOptions) -> Source:
+    """What the columns of tables show: images, latents or text; text in any case where its column is named."""
     image, latent = image_column(tables.schema), latent_column(tables.schema)
     if options.text_column is None and image is not None:
         options.check_only((*_IMAGE_OPTIONS, "label_column"), "Parquet of images")

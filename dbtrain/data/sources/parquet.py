@@ -16,7 +16,7 @@ from dbtrain.data.manifest import Split
 from dbtrain.data.sources.base import SourceOptions
 from dbtrain.data.sources.decode import Decoder, Encoded
 from dbtrain.data.sources.labelled import LabelledTables
-from dbtrain.data.sources.tables import TableFiles
+from dbtrain.data.sources.tables import Tables
 from dbtrain.errors import UserError
 
 
@@ -33,7 +33,7 @@ class ParquetImages:
 
     kind: Literal["image"] = "image"
 
-    def __init__(self, tables: TableFiles, column: str, options: SourceOptions):
+    def __init__(self, tables: Tables, column: str, options: SourceOptions):
         self.name = tables.name
         self._column = column
         self._rows = LabelledTables(tables, options.label_column, optional=False)

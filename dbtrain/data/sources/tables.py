@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,34 @@ SPLIT_NAME = re.compile(r"(train|test|validation|valid|val)(?![A-Za-z])")
 
 _READ_ROWS = 256
 _FILE_MAGIC = b"ARROW1"
+
+
+class Tables(Protocol):
+    """Tables of one data set, grouped by split; all have the same columns."""
+
+    name: str
+    """What the manifest calls them."""
+    groups: dict[str, list[str]]
+    """Paths by the split they belong to; '' for those that belong to none."""
+    train: list[str]
+    """Paths of the training rows."""
+    schema: pa.Schema
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """Names of the class ids in a column, if they are known."""
+        ...
+
+    def batches(self, path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of a table, a few hundred rows at a time."""
+        ...
+
+    def rows(self, path: str) -> int:
+        """Number of rows of a table."""
+        ...
+
+    def error(self, problem: str, mend: str) -> UserError:
+        """A mistake in the source as a whole."""
+        ...
 
 
 class TableFiles:

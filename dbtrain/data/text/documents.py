@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from dbtrain.data.sources.tables import TableFiles
+from dbtrain.data.sources.tables import Tables
 from dbtrain.errors import UserError
 
 DEFAULT_COLUMN = "text"
@@ -112,7 +112,7 @@ class JsonLines:
 class TableText:
     """A document a row of Parquet or Arrow files."""
 
-    def __init__(self, tables: TableFiles, paths: Sequence[str], column: str):
+    def __init__(self, tables: Tables, paths: Sequence[str], column: str):
         self._tables = tables
         self._paths = paths
         self._column = column
