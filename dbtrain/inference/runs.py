@@ -85,6 +85,11 @@ def evaluation_of(
     return result
 
 
+def evaluation_known(run: RunDirectory, model_sha256: str) -> Evaluation | None:
+    """The evaluation that is remembered of that model, read as the run's chain settings say; none is made."""
+    return _kept(run, {"sha256": model_sha256, "chain": run.config.chain.model_dump(mode="json")})
+
+
 def _kept(run: RunDirectory, key: dict[str, Any]) -> Evaluation | None:
     """The remembered evaluation of `key`; a file that cannot be read is as good as none, for it can be made again."""
     try:
