@@ -47,7 +47,7 @@ class Scale:
     def _decades(self, count: int) -> list[float]:
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         every = max(1, math.ceil((last - first) / count))
-        factors = (1, 2, 5) if last - first <= 2 else (1,)
+        factors = (1, 2, 5) if self.high / self.low <= 300 else (1,)
         found = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
         return [value for value in found if self.low * 0.999 <= value <= self.high * 1.001]
 

@@ -1,4 +1,4 @@
-"""The report's pictures as inline SVG: losses, noise ranges, the chain, memory. Everything written in them is escaped."""
+"""The report's pictures as inline SVG: losses, noise ranges, the chain, memory. What is written in them is escaped."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _MARKS = {
     "rollback": ("M0 -5L5 0L0 5L-5 0Z", "roll-back"),
     "failure": ("M-4 -4L4 4M4 -4L-4 4", "given up"),
 }
+BASELINE = "#c2560c"
+"""Colour of the end-to-end network."""
 PARTS = ("parameters", "gradients", "optimiser", "ema", "activations", "gathered", "buffers")
 """Of a worker's planned bytes, in the order in which they are drawn."""
 
@@ -52,16 +54,14 @@ def all_losses(view: RunView) -> Markup | None:
     return at.draw(Markup("").join(lines), f"training loss of {len(curves)} blocks by step")
 
 
-def block_loss(block: BlockView, count: int) -> Markup | None:
-    """One block's loss with what happened to it; None where nothing was told."""
+def block_loss(block: BlockView, stroke: str) -> Markup | None:
+    """One block's loss in that colour, with what happened to it; None where nothing was told."""
     steps, values = block.losses.thinned(POINTS)
     if not any(map(math.isfinite, values)):
         return None
     marked = [float(mark.step) for mark in block.marks]
     at = frame([0.0, *steps, *marked], values, "step", "training loss")
-    line = Markup('<path d="{}" fill="none" stroke="{}" stroke-width="1.6"/>').format(
-        path(at, steps, values), colour(block.index, count)
-    )
+    line = Markup('<path d="{}" fill="none" stroke="{}" stroke-width="1.6"/>').format(path(at, steps, values), stroke)
     marks = Markup("").join(_mark(at, mark) for mark in block.marks)
     return at.draw(line + marks, f"training loss of {block_name(block.layout)} by step")
 
@@ -96,8 +96,9 @@ def noise_axis(blocks: Sequence[BlockPlan]) -> Markup | None:
     height = len(owned) * row + 46
     bars = [
         Markup(
-            '<g><title>{title}</title><rect x="{ta:.1f}" y="{y}" width="{tw:.1f}" height="{h}" fill="{c}" opacity="0.35"/>'
-            '<rect x="{a:.1f}" y="{y}" width="{w:.1f}" height="{h}" fill="{c}"/></g>'
+            '<g fill="{c}"><title>{title}</title>'
+            '<rect x="{ta:.1f}" y="{y}" width="{tw:.1f}" height="{h}" opacity="0.35"/>'
+            '<rect x="{a:.1f}" y="{y}" width="{w:.1f}" height="{h}"/></g>'
         ).format(
             title=f"{block_name(block)}: {noise.high:.4g} to {noise.low:.4g}",
             ta=x.at(trained.high),

@@ -11,6 +11,7 @@ from dbtrain.errors import UserError
 from dbtrain.inference.compare import check_baseline, driven_seconds
 from dbtrain.inference.evaluation import Evaluation, Point
 from dbtrain.inference.runs import EVALUATION, evaluation_known
+from dbtrain.models import family_of
 from dbtrain.monitoring.lines import LineFollower
 from dbtrain.monitoring.report.faults import BlockLines, Fault, faults, is_event, told
 from dbtrain.monitoring.report.samples import Samples, samples_kept
@@ -72,6 +73,8 @@ class Report:
     whole: BlockPlan | None
     """The network end to end as it is planned, for a run of blocks; None where it cannot be planned any more."""
     samples: Samples | None
+    draws: bool
+    """Whether the model makes images or texts."""
     made_at: float
     """Seconds since 1970."""
 
@@ -94,6 +97,7 @@ def gather(run: RunDirectory, baseline: RunDirectory | None = None, samples: Sam
         settings=tuple(settings(run.config)),
         whole=_whole(run, baseline),
         samples=samples_kept(run) if samples is None else samples,
+        draws=family_of(run.config).task != "classify",
         made_at=time.time(),
     )
 

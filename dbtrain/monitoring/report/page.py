@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shlex
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,10 +16,11 @@ import dbtrain
 from dbtrain.monitoring.report import charts, tables
 from dbtrain.monitoring.report.faults import survived
 from dbtrain.monitoring.report.gather import Report, Side
-from dbtrain.plan import human_bytes
+from dbtrain.plan import BlockPlan, human_bytes
 
 _UNSHOWN = {code: "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(code) not in "\n\t"}
 """Control characters, which HTML does not know; workers may write them."""
+_KEYS = re.compile(r"://[^/@\s<>&]+@")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ def render(report: Report) -> bytes:
     css = folder.joinpath("report.css").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"tables": tables, "charts": charts, "version": dbtrain.__version__}
+    workers = _workers(report)
     page = environment.from_string(folder.joinpath("report.html").read_text(encoding="utf-8")).render(
         report=report,
         ours=report.ours,
@@ -45,10 +48,13 @@ def render(report: Report) -> bytes:
         style_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
         tiles=_tiles(report),
         losses=_losses(report),
-        bars=charts.memory(_workers(report)),
+        bars=charts.memory(workers),
+        parts=[(n, name) for n, name in enumerate(charts.PARTS) if any(getattr(b.bytes, name) for _, b in workers)],
         commands=_commands(report),
         png=_data_uri(report),
     )
+    # Keys in an address are nobody's business who reads the page.
+    page = _KEYS.sub("://", page)
     # A worker's reason may hold half a surrogate pair, which UTF-8 cannot.
     return page.translate(_UNSHOWN).encode("utf-8", "replace")
 
@@ -81,16 +87,16 @@ def _losses(report: Report) -> list[tuple[str, Markup]]:
     if count > 1 and (plot := charts.all_losses(view)) is not None:
         found.append(("all blocks", plot))
     for block in view.blocks:
-        if (plot := charts.block_loss(block, count)) is not None:
+        if (plot := charts.block_loss(block, charts.colour(block.index, count))) is not None:
             found.append((charts.block_name(block.layout), plot))
     if report.theirs is not None:
         [whole] = report.theirs.view.blocks
-        if (plot := charts.block_loss(whole, 1)) is not None:
+        if (plot := charts.block_loss(whole, charts.BASELINE)) is not None:
             found.append(("baseline, end to end", plot))
     return found
 
 
-def _workers(report: Report) -> list[tuple[str, charts.BlockPlan]]:
+def _workers(report: Report) -> list[tuple[str, BlockPlan]]:
     rows = [(charts.block_name(block), block) for block in report.ours.run.plan.blocks]
     return rows if report.whole is None else [*rows, ("end to end", report.whole)]
 

@@ -39,7 +39,7 @@ class Table:
 
 def chosen(found: Sequence[Setting]) -> Table:
     """What somebody decided."""
-    rows = [(s.field, s.value, "has none" if s.default is None else s.default, s.about) for s in found if s.chosen]
+    rows = [(s.field, s.value, NOTHING if s.default is None else s.default, s.about) for s in found if s.chosen]
     return Table(("field", "value", "default", "what it is"), tuple(rows), frozenset({0, 1, 2, 3}))
 
 
@@ -237,8 +237,11 @@ def digests(side: Side) -> Table:
 
 
 def moment(seconds: float) -> str:
-    """A time since 1970."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    """A time, of seconds since 1970."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):  # of a journal that somebody has edited
+        return NOTHING
 
 
 def _told(value: Any, show: Callable[[Any], str]) -> str:
