@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_every_family_owns_its_noise(family: str, family_config: Callable[..., R
     # The second bar of each block is its own range: they follow one another without a gap, high noise to the left.
     bars = [(float(x), float(w)) for x, w in re.findall(r'<rect x="([\d.-]+)" y="\d+" width="([\d.]+)"', svg)][1::2]
     assert len(bars) == len(plan.blocks)
-    for (x, width), (following, _) in zip(bars, bars[1:], strict=False):
+    for (x, width), (following, _) in pairwise(bars):
         assert x + width == pytest.approx(following, abs=0.3)
     baseline = start_run(config, tmp_path / "baseline", "end_to_end").plan
     assert charts.noise_axis(baseline.blocks) is None
