@@ -136,6 +136,7 @@ class BlockSession:
         facts = {"attempt": self._attempt, "step": trainer.step, "replicas": self._seat.replicas}
         # Nobody needs it to train: storage that is full or away is the business of the next checkpoint.
         with contextlib.suppress(UserError, OSError):
+            run.block(self._block).check_fence(self._attempt)
             run.block(self._block).log_worker({**facts, **machine_facts(trainer.device)})
 
 

@@ -107,14 +107,15 @@ def _side(run: RunDirectory) -> Side:
         view = RunReader(run).read()
         blocks = [_lines(run, block.index) for block in run.plan.blocks]
         journal = [line for line in LineFollower(run.storage, EVENTS).read() if is_event(line, len(blocks))]
-        model, evaluation, missing = _results(run)
+        finished = all(block.step == block.total for block in view.blocks)
+        model, evaluation, missing = _results(run, finished)
     except OSError as error:
         raise UserError(f"cannot be read: {error}", field="RUN", value=run.uri) from None
     wall, work = driven_seconds(journal)
     if not any(block.losses.steps for block in view.blocks):
         missing = ("Nothing was measured yet: there are no losses to draw.", *missing)
-    if any(block.step < block.total for block in view.blocks):
-        missing = (f"The run is {view.state}: what follows is of what it has reached.", *missing)
+    if not finished:
+        missing = (f"The run is {view.state}; this is what it has reached.", *missing)
     return Side(
         run=run,
         view=view,
@@ -152,9 +153,11 @@ def _machines(blocks: list[BlockLines]) -> tuple[Machine, ...]:
     return tuple(Machine(facts, tuple(sorted(set(seen))), len(seen)) for facts, seen in found.values())
 
 
-def _results(run: RunDirectory) -> tuple[Model | None, Evaluation | None, tuple[str, ...]]:
+def _results(run: RunDirectory, finished: bool) -> tuple[Model | None, Evaluation | None, tuple[str, ...]]:
     """The model and its evaluation, and a sentence for what is missing."""
     evaluate = f"`dbtrain evaluate {run.uri}` adds them."
+    if not finished:
+        evaluate = f"`dbtrain assemble --partial {run.uri}` and `dbtrain evaluate {run.uri}` add them."
     if not run.storage.exists("model/model.safetensors"):
         return None, None, (f"The blocks are not assembled: there are no figures of quality. {evaluate}",)
     model = _model(run)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import dbtrain
 from dbtrain.monitoring.report import charts, tables
@@ -37,6 +37,7 @@ def render(report: Report) -> bytes:
     folder = files("dbtrain.monitoring.report")
     css = folder.joinpath("report.css").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["coded"] = _coded
     environment.globals |= {"tables": tables, "charts": charts, "version": dbtrain.__version__}
     workers = _workers(report)
     page = environment.from_string(folder.joinpath("report.html").read_text(encoding="utf-8")).render(
@@ -57,6 +58,14 @@ def render(report: Report) -> bytes:
     page = _KEYS.sub("://", page)
     # A worker's reason may hold half a surrogate pair, which UTF-8 cannot.
     return page.translate(_UNSHOWN).encode("utf-8", "replace")
+
+
+def _coded(text: str) -> Markup:
+    """What stands between backticks in type of its own."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # one of them has no other
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts))
 
 
 def _tiles(report: Report) -> list[Tile]:

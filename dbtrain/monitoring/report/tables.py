@@ -30,6 +30,8 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     left: frozenset[int] = frozenset({0})
     """Columns of words, which begin at the left; numbers end at the right."""
+    prose: int | None = None
+    """The column of whole sentences, which may be broken into lines."""
 
     @property
     def short(self) -> bool:
@@ -40,7 +42,7 @@ class Table:
 def chosen(found: Sequence[Setting]) -> Table:
     """What somebody decided."""
     rows = [(s.field, s.value, NOTHING if s.default is None else s.default, s.about) for s in found if s.chosen]
-    return Table(("field", "value", "default", "what it is"), tuple(rows), frozenset({0, 1, 2, 3}))
+    return Table(("field", "value", "default", "what it is"), tuple(rows), frozenset({0, 1, 2, 3}), 3)
 
 
 def all_settings(found: Sequence[Setting]) -> Table:
@@ -194,7 +196,7 @@ def disturbances(found: Sequence[Fault]) -> Table:
         for fault in found
     ]
     heads = ("when, UTC", "what", "block", "at step", "steps again", "s until it trained again", "reason")
-    return Table(heads, tuple(rows), frozenset({0, 1, 6}))
+    return Table(heads, tuple(rows), frozenset({0, 1, 6}), 6)
 
 
 def machines(found: Sequence[Machine]) -> Table:
