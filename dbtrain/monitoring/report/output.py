@@ -39,7 +39,7 @@ def write_report(run: RunDirectory, page: bytes, path: Path | None = None) -> st
     try:
         storage.write_atomic(name, page)
     except UserError as error:
-        mend = "give --out a file elsewhere" if path is None else "name another file"
-        field, value = ("RUN", run.uri) if path is None else ("--out", path)
-        raise UserError(error.problem, field=field, value=value, mend=mend) from None
+        if path is not None:
+            raise UserError(error.problem, field="--out", value=path, mend=error.mend) from None
+        raise UserError(error.problem, field="RUN", value=run.uri, mend=f"{error.mend}: --out FILE") from None
     return f"{run.uri.rstrip('/')}/{FILE}" if path is None else str(path)
