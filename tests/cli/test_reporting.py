@@ -203,6 +203,19 @@ def test_torn_and_strange_lines(run_copy: Path) -> None:
     assert "No losses" not in _page(run_copy / "report.html").words["losses"]  # the other blocks'
 
 
+def test_machines_that_are_alike_share_a_column(run_copy: Path) -> None:
+    run = RunDirectory.open(run_copy)
+    told = json.loads((run_copy / "blocks/00/workers.jsonl").read_text().splitlines()[0])
+    for block, change in ((0, {"machine": "second"}), (1, {"machine": "third", "cores": 64, "device": "H100"})):
+        run.block(block).log_worker({**told, "attempt": 2, **change})
+    assert dbtrain("report", run_copy).code == 0
+    machines = _page(run_copy / "report.html").rows("machines")
+    assert machines["machine"] == [f"{told['machine']}, second", "third"]
+    assert machines["blocks"] == ["0, 1, 2", "1"]
+    assert machines["attempts"] == ["4", "1"]
+    assert machines["device"][1] == "H100"
+
+
 def test_pictures_of_a_run_are_inside(run_copy: Path) -> None:
     (run_copy / "samples").mkdir()
     png = io.BytesIO()

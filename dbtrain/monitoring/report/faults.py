@@ -88,8 +88,9 @@ def _started_again(before: Sequence[Line], event: Line, until: float, blocks: Se
     last = before[-1]
     if last["event"] == "run_ended":
         ends = last.get("blocks")
-        failed = isinstance(ends, dict) and "failed" in ends.values()
-        reason = "the run had ended with a block given up" if failed else "the run had been stopped"
+        states = list(ends.values()) if isinstance(ends, dict) else []
+        how = "with a block given up" if "failed" in states else "on request" if "stopped" in states else "otherwise"
+        reason = f"the run had ended {how}"
     elif last["event"] == "run_interrupted":
         reason = f"the driver before was interrupted: {last.get('reason') or '-'}"
     else:

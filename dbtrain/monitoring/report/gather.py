@@ -21,6 +21,9 @@ from dbtrain.plan import BlockPlan
 from dbtrain.run_directory import EVENTS, METRICS, WORKERS, RunDirectory
 from dbtrain.training.planner import make_plan
 
+_OF_AN_ATTEMPT = frozenset({"time", "attempt", "step", "replicas", "machine"})
+"""What a worker's line says beside the kind of its machine."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -35,10 +38,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine and the software on it that trained."""
+    """A kind of machine that trained, with the software on it."""
 
+    names: tuple[str, ...]
+    """Of those that are alike."""
     facts: dict[str, Any]
-    """As `dbtrain.training.machine.machine_facts` tells them."""
+    """As `dbtrain.training.machine.machine_facts` tells them, without the name."""
     blocks: tuple[int, ...]
     attempts: int
 
@@ -146,11 +151,16 @@ def _peak(own: BlockLines) -> int | None:
 def _machines(blocks: list[BlockLines]) -> tuple[Machine, ...]:
     """One for each kind of facts that workers told, in the order in which they trained."""
     lines = [(line["time"], index, line) for index, own in enumerate(blocks) for line in own.workers]
-    found: dict[str, tuple[dict[str, Any], list[int]]] = {}
+    found: dict[str, tuple[dict[str, Any], list[str], list[int]]] = {}
     for _, index, line in sorted(lines, key=lambda entry: entry[0]):
-        facts = {key: value for key, value in line.items() if key not in ("time", "attempt", "step", "replicas")}
-        found.setdefault(json.dumps(facts, sort_keys=True), (facts, []))[1].append(index)
-    return tuple(Machine(facts, tuple(sorted(set(seen))), len(seen)) for facts, seen in found.values())
+        facts = {key: value for key, value in line.items() if key not in _OF_AN_ATTEMPT}
+        _, names, blocks_there = found.setdefault(json.dumps(facts, sort_keys=True), (facts, [], []))
+        names.append(str(line.get("machine") or "-"))
+        blocks_there.append(index)
+    return tuple(
+        Machine(tuple(dict.fromkeys(names)), facts, tuple(sorted(set(blocks_there))), len(blocks_there))
+        for facts, names, blocks_there in found.values()
+    )
 
 
 def _results(run: RunDirectory, finished: bool) -> tuple[Model | None, Evaluation | None, tuple[str, ...]]:

@@ -42,4 +42,4 @@ def write_report(run: RunDirectory, page: bytes, path: Path | None = None) -> st
         if path is not None:
             raise UserError(error.problem, field="--out", value=path, mend=error.mend) from None
         raise UserError(error.problem, field="RUN", value=run.uri, mend=f"{error.mend}: --out FILE") from None
-    return f"{run.uri.rstrip('/')}/{FILE}" if path is None else str(path)
+    return run.storage.sub(FILE).uri if path is None else str(path)

@@ -200,7 +200,7 @@ def disturbances(found: Sequence[Fault]) -> Table:
 
 
 def machines(found: Sequence[Machine]) -> Table:
-    """Where and with what it was trained: a column for each."""
+    """Where and with what it was trained: a column for machines that are alike."""
     rows: list[tuple[str, ...]] = [
         ("blocks", *(", ".join(map(str, machine.blocks)) for machine in found)),
         ("attempts", *(str(machine.attempts) for machine in found)),
@@ -218,7 +218,7 @@ def machines(found: Sequence[Machine]) -> Table:
     versions = [m.facts["versions"] if isinstance(m.facts.get("versions"), dict) else {} for m in found]
     for package in dict.fromkeys(name for each in versions for name in each):
         rows.append((str(package), *(_told(each.get(package), str) for each in versions)))
-    names = (str(machine.facts.get("machine") or "-") for machine in found)
+    names = (", ".join(machine.names) for machine in found)
     return Table(("machine", *names), tuple(rows), frozenset(range(len(found) + 1)))
 
 

@@ -83,7 +83,7 @@ def test_what_a_real_run_survived(small_config: SmallConfig, tmp_path: Path, mon
     assert restart.seconds is not None
     assert restart.seconds >= line["backoff"] - 0.01
     assert (back.step, back.lost, back.seconds) == (4, 2, None)
-    assert (start.reason, start.lost) == ("the run had been stopped", 0)
+    assert (start.reason, start.lost) == ("the run had ended on request", 0)
     assert survived(found) == 3
 
 
