@@ -17,7 +17,7 @@ from small_runs import start_run, train_block
 
 from dbtrain.config import RunConfig
 from dbtrain.inference.compare import driven_seconds
-from dbtrain.inference.evaluation import Evaluation
+from dbtrain.inference.evaluation import ACCURACY, Evaluation
 from dbtrain.monitoring.report.gather import gather
 from dbtrain.plan import human_bytes
 from dbtrain.run_directory import RunDirectory
@@ -141,6 +141,7 @@ def test_an_evaluation_of_another_model_is_not_shown(run_copy: Path) -> None:
         lambda kept: kept["of"].update(sha256="0" * 64),
         lambda kept: kept["of"]["chain"].update(start_noises=9),
         lambda kept: kept["evaluation"]["chain"][0].pop("accuracy"),
+        lambda kept: kept["evaluation"]["chain"][0].update(sigma="<b>"),
         lambda kept: kept["evaluation"].update(predict="dice"),
         lambda kept: kept.clear(),
     ):
@@ -159,6 +160,18 @@ def test_an_evaluation_of_another_model_is_not_shown(run_copy: Path) -> None:
     (run_copy / "model/config.json").write_text("{")
     [sentence] = dbtrain("report", run_copy, "--json").json()["missing"]
     assert "dbtrain assemble" in sentence
+
+
+def test_a_baseline_that_was_measured_on_something_else(run_copy: Path, trained_runs: Path, place: Path) -> None:
+    shutil.copytree(trained_runs / "baseline", place / "baseline")
+    path = place / "baseline/evaluation.json"
+    kept = json.loads(path.read_text())
+    kept["of"]["split"] = kept["evaluation"]["split"] = "train"
+    path.write_text(json.dumps(kept))
+    [sentence] = dbtrain("report", run_copy, place / "baseline", "--json").json()["missing"]
+    assert "evaluated on train, the run on test" in sentence
+    quality = _page(run_copy / "report.html").rows("quality")
+    assert quality["accuracy, % on test, as used"] == [ACCURACY.show(_evaluation(run_copy).value), "–"]
 
 
 def test_what_workers_write_stays_text(run_copy: Path) -> None:

@@ -185,4 +185,5 @@ def block_name(block: BlockPlan) -> str:
 
 
 def _level(point: Point) -> str:
-    return f"σ {point['sigma']:.3g}" if "sigma" in point else f"t {point['level']:.3g}"
+    sign = {"sigma": "σ", "level": "t"}
+    return "".join(f"{sign[name]} {point[name]:.3g}" for name in sign if name in point)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dbtrain.errors import UserError
@@ -96,9 +96,10 @@ def gather(run: RunDirectory, baseline: RunDirectory | None = None, samples: Sam
     """
     if baseline is not None:
         check_baseline(run, baseline)
+    ours = _side(run)
     return Report(
-        ours=_side(run),
-        theirs=None if baseline is None else _side(baseline),
+        ours=ours,
+        theirs=None if baseline is None else _comparable(ours, _side(baseline)),
         settings=tuple(settings(run.config)),
         whole=_whole(run, baseline),
         samples=samples_kept(run) if samples is None else samples,
@@ -133,6 +134,15 @@ def _side(run: RunDirectory) -> Side:
         peaks=tuple(_peak(own) for own in blocks),
         missing=missing,
     )
+
+
+def _comparable(ours: Side, theirs: Side) -> Side:
+    """The baseline without figures that were measured on something else."""
+    mine, other = ours.evaluation, theirs.evaluation
+    if mine is None or other is None or (mine.metric, mine.split) == (other.metric, other.split):
+        return theirs
+    why = f"It was evaluated on {other.split}, the run on {mine.split}: its figures are left out."
+    return replace(theirs, evaluation=None, missing=(*theirs.missing, why))
 
 
 def _lines(run: RunDirectory, index: int) -> BlockLines:
@@ -202,7 +212,7 @@ def _is_sound(evaluation: Evaluation) -> bool:
     metric = evaluation.metric.name
 
     def told_of(point: Point) -> bool:
-        return isinstance(point, dict) and all(_is_number(point.get(name)) for name in ("block", metric))
+        return isinstance(point, dict) and {"block", metric} <= point.keys() and all(map(_is_number, point.values()))
 
     figures = [*evaluation.readouts.values(), *evaluation.also.values()]
     in_use = evaluation.predict in evaluation.readouts
