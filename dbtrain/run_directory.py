@@ -2,7 +2,7 @@
 
 ```
 config.yaml  plan.json  events.jsonl  (tokenizer.json, for text)
-blocks/00/attempt.json  blocks/00/metrics.jsonl  blocks/00/checkpoints/step-00000500/...
+blocks/00/attempt.json  blocks/00/workers.jsonl  blocks/00/metrics.jsonl  blocks/00/checkpoints/step-00000500/...
 model/
 ```
 Starting a run again on its directory resumes it; a directory of another run is refused, the difference shown.
@@ -32,6 +32,7 @@ PLAN = "plan.json"
 EVENTS = "events.jsonl"
 ATTEMPT = "attempt.json"
 METRICS = "metrics.jsonl"
+WORKERS = "workers.jsonl"
 TOKENIZER = "tokenizer.json"
 
 _log = logging.getLogger(__name__)
@@ -109,6 +110,10 @@ class BlockDirectory:
         Lines with an "event" tell of a roll-back, and have no loss.
         """
         return list(_read_lines(self.storage, METRICS))
+
+    def log_worker(self, facts: Mapping[str, Any]) -> None:
+        """Append one line to workers.jsonl, with the time in seconds since 1970: an attempt is ready to train."""
+        self.storage.append_line(WORKERS, _line(facts))
 
 
 class RunDirectory:

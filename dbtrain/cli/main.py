@@ -17,7 +17,7 @@ from types import FrameType
 import typer
 
 import dbtrain
-from dbtrain.cli import data, exporting, jobs, live, planning, results, sampling, training
+from dbtrain.cli import data, exporting, jobs, live, planning, reporting, results, sampling, training
 from dbtrain.cli.output import ToStandardError, report, report_mistake
 from dbtrain.errors import RunInterrupted, UserError
 
@@ -55,6 +55,7 @@ app.command(epilog="Example:  dbtrain sample runs/lm --prompt 'The '   or   dbtr
 app.command(epilog="Example:  dbtrain export runs/lm --out exported/lm")(exporting.export)
 app.command(epilog="Example:  dbtrain compare runs/a runs/a-baseline")(results.compare)
 app.command(epilog="Example:  dbtrain figures runs/a --baseline runs/a-baseline")(results.figures)
+app.command(epilog="Example:  dbtrain report runs/a runs/a-baseline")(reporting.report)
 
 
 def _version(wanted: bool) -> None:

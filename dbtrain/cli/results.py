@@ -83,7 +83,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """The metric by read-out, by step of the chain, and by block alone; a baseline also scores generated text."""
-    directory, beside = _open(run, baseline)
+    directory, beside = open_runs(run, baseline)
     ours = _evaluation(directory, device, data, split.value, judge=beside, renew=True)
     theirs = None if beside is None else _evaluation(beside, device, data, split.value, renew=True)
     if as_json:
@@ -144,7 +144,7 @@ def compare(
     from dbtrain.inference.compare import compare as compare_runs
     from dbtrain.inference.evaluation import Metric
 
-    ours, theirs = _open(run, baseline)
+    ours, theirs = open_runs(run, baseline)
     assert theirs is not None
     result = compare_runs(ours, _evaluation(ours, device, data), theirs, _evaluation(theirs, device, data))
     if as_json:
@@ -173,7 +173,7 @@ def figures(run: RunPath, baseline: Baseline = None, data: Data = None, as_json:
     """Draw loss per block and the metric along the chain, as PNG files in the run's `figures` folder."""
     from dbtrain.monitoring.figures import draw_figures
 
-    directory, beside = _open(run, baseline)
+    directory, beside = open_runs(run, baseline)
     theirs = None if beside is None else _evaluation(beside, "cpu", data)
     drawn = draw_figures(directory, _evaluation(directory, "cpu", data), theirs)
     if as_json:
@@ -187,7 +187,7 @@ def _what(run: RunDirectory) -> str:
     return "end to end" if run.plan.kind == "end_to_end" else f"{len(run.plan.blocks)} blocks"
 
 
-def _open(run: str, baseline: str | None) -> tuple[RunDirectory, RunDirectory | None]:
+def open_runs(run: str, baseline: str | None) -> tuple[RunDirectory, RunDirectory | None]:
     """Both run directories, known to go together."""
     from dbtrain.inference.compare import check_baseline
     from dbtrain.run_directory import RunDirectory

@@ -56,7 +56,7 @@ def check_baseline(run: RunDirectory, baseline: RunDirectory) -> None:
 
 def side(run: RunDirectory, evaluation: Evaluation) -> Side:
     """What there is to say of one run."""
-    wall, work = _seconds(run.events())
+    wall, work = driven_seconds(run.events())
     return Side(
         run=run.uri,
         value=evaluation.value,
@@ -81,7 +81,7 @@ def compare(run: RunDirectory, ours: Evaluation, baseline: RunDirectory, theirs:
     return {"metric": asdict(ours.metric), "run": asdict(side(run, ours)), "baseline": asdict(side(baseline, theirs))}
 
 
-def _seconds(events: list[dict[str, Any]]) -> tuple[float, float]:
+def driven_seconds(events: list[dict[str, Any]]) -> tuple[float, float]:
     """Wall time of the run and time of its workers, from the journal: all starts together."""
     wall = work = last = 0.0
     run_since: float | None = None

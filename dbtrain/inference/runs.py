@@ -89,12 +89,16 @@ def evaluation_of(
     return result
 
 
+def evaluation_known(run: RunDirectory, model_sha256: str) -> Evaluation | None:
+    """The evaluation that is remembered of that model, read as the run's chain settings say; none is made."""
+    return _kept(run, {"sha256": model_sha256, "chain": run.config.chain.model_dump(mode="json")})
+
+
 def evaluation_at(path: str, model: AssembledModel) -> Evaluation | None:
     """What the run directory at `path` remembers of the evaluation of `model`, on whichever split; none elsewhere."""
     if on_hub(path) or not (storage := Storage.open(path)).exists(PLAN):
         return None
-    chain = model.config.chain.model_dump(mode="json")
-    return _kept(RunDirectory.open(storage), {"sha256": model.sha256, "chain": chain})
+    return evaluation_known(RunDirectory.open(storage), model.sha256)
 
 
 def _kept(run: RunDirectory, key: dict[str, Any]) -> Evaluation | None:

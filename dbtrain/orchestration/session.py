@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from dbtrain.errors import UserError
 from dbtrain.orchestration.backend import reason_of, traceback_of
 from dbtrain.orchestration.events import (
     WorkerDied,
@@ -21,6 +22,7 @@ from dbtrain.orchestration.events import (
 )
 from dbtrain.run_directory import RunDirectory
 from dbtrain.training.checkpoint import checkpoint_steps
+from dbtrain.training.machine import machine_facts
 from dbtrain.training.memory import is_out_of_memory, oom_advice
 from dbtrain.training.progress import Progress
 from dbtrain.training.room import Room
@@ -115,6 +117,7 @@ class BlockSession:
             self._trainer = BlockTrainer(run, self._block, self._attempt, self._seat, self._room)
             if self._stop:
                 self._trainer.request_stop()
+            self._tell_who(run, self._trainer)
             self._reports = self._trainer.train()
         # Again each time: in the driver's own process others may have changed it since.
         torch.set_num_threads(self._threads)
@@ -125,6 +128,16 @@ class BlockSession:
         assert self._latest is not None, "the trainer reports at least once"
         self.close()
         return Outcome("finished" if self._latest.done else "stopped", self._latest.step)
+
+    def _tell_who(self, run: RunDirectory, trainer: BlockTrainer) -> None:
+        """Leave behind where and with what this attempt trains, and from which step on it does."""
+        if self._seat.replica > 0:
+            return  # one writer a block
+        facts = {"attempt": self._attempt, "step": trainer.step, "replicas": self._seat.replicas}
+        # Nobody needs it to train: storage that is full or away is the business of the next checkpoint.
+        with contextlib.suppress(UserError, OSError):
+            run.block(self._block).check_fence(self._attempt)
+            run.block(self._block).log_worker({**facts, **machine_facts(trainer.device)})
 
 
 def event_of(report: Progress | Outcome, time: float, block: int, attempt: int) -> WorkerEvent:

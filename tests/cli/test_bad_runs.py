@@ -67,7 +67,7 @@ def test_what_a_start_that_died_leaves_is_taken_over(recipe: Path, place: Path) 
     assert dbtrain(*train(recipe, "run")).code == 0
 
 
-@pytest.mark.parametrize("verb", ["assemble", "evaluate", "figures"])
+@pytest.mark.parametrize("verb", ["assemble", "evaluate", "figures", "report"])
 @pytest.mark.parametrize("what", ["nothing", "a folder", "a file"])
 def test_what_is_not_a_run(place: Path, verb: str, what: str) -> None:
     if what == "a folder":

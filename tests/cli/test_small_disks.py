@@ -50,7 +50,7 @@ def test_a_disk_that_becomes_full_while_shards_are_written(tmp_path: Path) -> No
         assert_refused(result, "--out", str(disk / "data"), "the disk is full", "make room")
 
 
-@pytest.mark.parametrize("verb", ["assemble", "evaluate", "figures"])
+@pytest.mark.parametrize("verb", ["assemble", "evaluate", "figures", "report"])
 def test_results_on_a_full_disk(trained_runs: Path, tmp_path: Path, verb: str) -> None:
     with small_disk(tmp_path / "disk", "4M") as disk:
         shutil.copytree(trained_runs / "run", disk / "run")

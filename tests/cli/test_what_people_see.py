@@ -22,7 +22,8 @@ from dbtrain.cli import output
 from dbtrain.config import RunConfig
 
 VERBS = (
-    "prepare", "plan", "train", "baseline", "assemble", "evaluate", "predict", "sample", "export", "compare", "figures"
+    "prepare", "plan", "train", "baseline", "assemble", "evaluate", "predict", "sample", "export", "compare", "figures",
+    "report",
 )  # fmt: skip
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from dbtrain.errors import NoRoom
 from dbtrain.orchestration.session import BlockSession, Outcome
 from dbtrain.plan import human_bytes
 from dbtrain.run_directory import BlockDirectory, RunDirectory
+from dbtrain.training.seat import Seat
 from dbtrain.training.trainer import BlockTrainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -136,3 +138,25 @@ def test_out_of_memory_says_what_to_do(make_config: MakeConfig, tmp_path: Path) 
     assert "blocks.count" not in end["reason"]  # each block has a single layer
     assert "larger device" in end["reason"]
     assert "llocate memory" in end["traceback"] or "MemoryError" in end["traceback"]
+
+
+def test_an_attempt_tells_where_and_from_which_step_it_trains(make_config: MakeConfig, tmp_path: Path) -> None:
+    run = start_run(make_config(training={"steps": 4}, checkpoints={"every": 2}), tmp_path)
+    first = BlockSession(run.uri, 1, 1, Seat(until=2))
+    assert _end_of(first).kind == "stopped"
+    assert _end_of(BlockSession(run.uri, 1, 2)).kind == "finished"
+    lines = [json.loads(line) for line in run.block(1).storage.read_text("workers.jsonl").splitlines()]
+    assert [(line["attempt"], line["step"], line["replicas"]) for line in lines] == [(1, 0, 1), (2, 2, 1)]
+    assert lines[0]["machine"] == platform.node()
+    assert not run.block(0).storage.exists("workers.jsonl")
+
+
+def test_an_attempt_trains_though_it_cannot_tell(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(directory: BlockDirectory, facts: object) -> None:
+        raise NoRoom("cannot write workers.jsonl: No space left on device")
+
+    monkeypatch.setattr(BlockDirectory, "log_worker", full)
+    run = start_run(make_config(training={"steps": 2}), tmp_path)
+    assert _end_of(BlockSession(run.uri, 0, 1)).kind == "finished"
