@@ -46,3 +46,17 @@ def complaints(tool: str, *arguments: str, given: str = "") -> str:
         [str(TOOLS / tool), *arguments], input=given, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
     )
     return done.stdout + done.stderr if done.returncode else ""
+
+
+def processes_with(mark: str) -> dict[int, str]:
+    """Process ids and command lines of those that have a variable beginning with `mark` in their environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            line = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # gone meanwhile, or somebody else's
+        if line and any(variable.startswith(mark.encode()) for variable in variables):
+            found[int(folder.name)] = line
+    return found
