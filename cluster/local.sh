@@ -55,7 +55,7 @@ EOF
 }
 
 start_node() {
-  local number=$1 log=$folder/$1.log deadline
+  local number=$1 log=$folder/$1.log
   shift
   echo "starting node $number with $cpus CPUs; log: $log"
   # Nodes of one machine must not want the same ports: 0 leaves them to the system.
@@ -65,7 +65,10 @@ start_node() {
     --temp-dir="$folder/$number" --disable-usage-stats --block >"$log" 2>&1 </dev/null &
   echo $! >"$folder/$number.pid"
   disown
-  deadline=$((SECONDS + start_seconds))
+}
+
+wait_for_node() {
+  local number=$1 log=$folder/$1.log deadline=$((SECONDS + start_seconds))
   until grep --quiet 'Ray runtime started' "$log"; do
     if ! kill -0 "$(cat "$folder/$number.pid")" 2>/dev/null; then
       tail -n 20 "$log" >&2
@@ -100,17 +103,25 @@ known_nodes() {
 }
 
 up() {
-  local number
+  local number started=()
   command -v ray >/dev/null || die 2 "there is no ray command; activate the environment that dbtrain is installed in"
   prepare_folder
   if ! runs 0; then
     down_nodes # what is left of a cluster without its head
     start_node 0 --head --port="$port" --include-dashboard=true --dashboard-host=127.0.0.1 \
       --dashboard-port="$dashboard_port"
+    wait_for_node 0
     echo "127.0.0.1:$port http://127.0.0.1:$dashboard_port" >"$folder/address"
   fi
   for ((number = 1; number < nodes; number++)); do
-    runs "$number" || { end_node "$number" && start_node "$number" --address="$(cut -d ' ' -f 1 "$folder/address")"; }
+    if ! runs "$number"; then
+      end_node "$number"
+      start_node "$number" --address="$(cut -d ' ' -f 1 "$folder/address")"
+      started+=("$number")
+    fi
+  done
+  for number in "${started[@]}"; do
+    wait_for_node "$number"
   done
   status
 }
