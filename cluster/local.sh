@@ -62,7 +62,7 @@ start_node() {
   DBTRAIN_CLUSTER_NODE=$folder/$number setsid ray start "$@" \
     --node-ip-address=127.0.0.1 --num-cpus="$cpus" --num-gpus=0 --object-store-memory=104857600 \
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 \
-    --temp-dir="$folder/$number" --disable-usage-stats --block >"$log" 2>&1 </dev/null &
+    --temp-dir="$folder/$number" --disable-usage-stats --log-color=false --block >"$log" 2>&1 </dev/null &
   echo $! >"$folder/$number.pid"
   disown
 }
