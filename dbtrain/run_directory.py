@@ -33,6 +33,7 @@ EVENTS = "events.jsonl"
 ATTEMPT = "attempt.json"
 METRICS = "metrics.jsonl"
 TOKENIZER = "tokenizer.json"
+EVALUATION = "evaluation.json"
 
 _log = logging.getLogger(__name__)
 

@@ -12,11 +12,9 @@ from dbtrain.assembly.loading import AssembledModel, load_model
 from dbtrain.data.manifest import Split
 from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.evaluation import Evaluation, Progress
-from dbtrain.run_directory import PLAN, RunDirectory
+from dbtrain.run_directory import EVALUATION, PLAN, RunDirectory
 from dbtrain.storage import Storage
 from dbtrain.training.checkpoint import checkpoint_steps
-
-EVALUATION = "evaluation.json"
 
 
 def model_of(run: RunDirectory, device: str | torch.device = "cpu") -> AssembledModel:

@@ -19,10 +19,9 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 import wandb
 
-from dbtrain.inference.runs import EVALUATION
 from dbtrain.monitoring.run_view import RunView
 from dbtrain.orchestration.state import BlockState
-from dbtrain.run_directory import RunDirectory
+from dbtrain.run_directory import EVALUATION, RunDirectory
 from dbtrain.storage import Storage
 
 

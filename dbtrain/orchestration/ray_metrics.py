@@ -17,6 +17,7 @@ from dbtrain.orchestration.state import BlockState, BlockStatus
 TAGS = ("run", "name", "block")
 """Of every gauge: the run directory, the run's name, and the block's number."""
 
+_STATES = ", ".join(f"{number} {state}" for number, state in enumerate(BlockState))
 GAUGES = {
     "dbtrain_step": "Steps that are done",
     "dbtrain_steps": "Steps there are to train",
@@ -26,9 +27,8 @@ GAUGES = {
     "dbtrain_restarts": "New workers after ones that were lost, in this start of the run",
     "dbtrain_rollbacks": "Returns to a checkpoint because values were not finite",
     "dbtrain_workers": "Workers it has now",
+    "dbtrain_state": f"Which state it is in: {_STATES}",
 }
-STATE = "dbtrain_state"
-"""The one gauge with a further tag, `state`: 1 for the state that a block is in, 0 for all others."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ class RayMetrics:
         try:
             if not self._gauges:
                 self._gauges = {name: Gauge(name, text, TAGS) for name, text in GAUGES.items()}
-                self._gauges[STATE] = Gauge(STATE, "1 for the state that a block is in", (*TAGS, "state"))
             for block in snapshot.blocks:
                 if self._seen.get(block.index) is not block:
                     self._seen[block.index] = block
@@ -72,8 +71,7 @@ class RayMetrics:
             ("dbtrain_restarts", block.restarts),
             ("dbtrain_rollbacks", block.rollbacks),
             ("dbtrain_workers", block.seats if running else 0),
+            ("dbtrain_state", list(BlockState).index(block.state)),
         ):
             if math.isfinite(value):
                 self._gauges[name].set(value, tags)
-        for state in BlockState:
-            self._gauges[STATE].set(float(block.state is state), {**tags, "state": state.value})
