@@ -31,6 +31,7 @@ FOLDER = "monitoring"
 """Of the run directory: the logs of these processes, and what they have to remember."""
 _LABELS: dict[SinkName, str] = {"wandb": "W&B", "tensorboard": "TensorBoard", "assembly": "W&B"}
 _REASON_BYTES = 4096
+_KILL_SECONDS = 5.0  # more than the kernel needs, unless a disk has gone
 
 _log = logging.getLogger(__name__)
 
@@ -161,9 +162,9 @@ class _Process:
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+                self._process.wait(_KILL_SECONDS)
             _log.warning(
                 "%s has not taken everything within the %g s of monitoring.patience and is given up; log: %s",
                 _LABELS[self._name],
