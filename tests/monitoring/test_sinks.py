@@ -6,23 +6,25 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from local_cluster import wait_for
 from small_runs import newest_files, start_run
 
+from dbtrain.cli.main import run as cli
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
 from dbtrain.monitoring.sinks import Sinks, check_sinks, send_assembly
 from dbtrain.orchestration.driver import Snapshot
 from dbtrain.orchestration.run import train_run
+from dbtrain.orchestration.state import BlockState
 from dbtrain.run_directory import RunDirectory
 from dbtrain.storage import Storage
 
 SmallConfig = Callable[..., RunConfig]
-FakeWandb = Callable[[str], None]
+FakeWandb = Callable[[str], Path]
 
 RAISES = "raise RuntimeError('W&B is not at home')"
 HANGS = "import time; time.sleep(600)"
@@ -30,21 +32,35 @@ HANGS = "import time; time.sleep(600)"
 
 @pytest.fixture
 def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    """Put a package in W&B's place whose `init` does something else."""
+    """Put a package in W&B's place whose `init` does something else; gives the file that tells that it was called."""
 
-    def make(init: str) -> None:
-        package = tmp_path / "fakes" / "wandb"
+    def make(init: str) -> Path:
+        package, called = tmp_path / "fakes" / "wandb", tmp_path / "called"
         package.mkdir(parents=True)
-        (package / "__init__.py").write_text(f"def Settings(**named): ...\n\n\ndef init(**named):\n    {init}\n")
+        (package / "__init__.py").write_text(
+            f"def Settings(**named): ...\n\n\ndef init(**named):\n    open({str(called)!r}, 'w').close()\n    {init}\n"
+        )
         monkeypatch.syspath_prepend(str(package.parent))
         path = os.environ.get("PYTHONPATH")
         monkeypatch.setenv("PYTHONPATH", f"{package.parent}{os.pathsep}{path}" if path else str(package.parent))
+        return called
 
     return make
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class HoldUntil:
+    """Holds the driver up before its last block, until a file is there."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def update(self, snapshot: Snapshot) -> None:
+        if snapshot.blocks[1].state is BlockState.FINISHED:
+            wait_for(self.file.exists, "the sink to be asked", 100)
 
 
 def snapshot_of(run: RunDirectory) -> Snapshot:
@@ -67,12 +83,16 @@ def test_training_ends_as_if_there_were_none(
     patience: float,
     report: str,
 ) -> None:
-    short = {"training": {"steps": 8}, "logging": {"every": 2}, "checkpoints": {"every": 4}}
+    short = {
+        "training": {"steps": 8},
+        "logging": {"every": 2},
+        "checkpoints": {"every": 4},
+        "chain": {"start_noises": 2},
+    }
     assert train_run(small_config(**short), tmp_path / "alone").ok
-    fake_wandb(init)
+    called = fake_wandb(init)
     told = small_config(**short, monitoring={"wandb": "online", "patience": patience})
-    result = train_run(told, tmp_path / "told")
-    assert result.ok
+    assert train_run(told, tmp_path / "told", watch=HoldUntil(called)).ok
     assert [text[: len(report)] for text in warnings(caplog)] == [report]
     alone, run = RunDirectory.open(tmp_path / "alone"), RunDirectory.open(tmp_path / "told")
     assert [line["event"] for line in run.events()] == [line["event"] for line in alone.events()]
@@ -80,6 +100,9 @@ def test_training_ends_as_if_there_were_none(
         assert newest_files(run, index) == newest_files(alone, index)
         steps, same = ([line["step"] for line in one.block(index).metrics()] for one in (run, alone))
         assert steps == same == [2, 4, 6, 8]
+    caplog.clear()
+    assert cli(["evaluate", str(tmp_path / "told"), "--json"]) == 0
+    assert len(warnings(caplog)) == 1
 
 
 def test_one_that_fails_early_is_reported_at_once_and_once(
@@ -88,12 +111,13 @@ def test_one_that_fails_early_is_reported_at_once_and_once(
     run = start_run(small_config(monitoring={"wandb": "offline"}), tmp_path / "run")
     run.block(0).log_metrics({"step": 1, "loss": 1.0})
     fake_wandb(RAISES)
-    deadline = time.monotonic() + 100
     with Sinks(run) as sinks:
-        while not caplog.records:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+
+        def reported() -> bool:
             sinks.update(snapshot_of(run))
+            return bool(caplog.records)
+
+        wait_for(reported, "the report", 100)
         sinks.update(snapshot_of(run))
     assert len(warnings(caplog)) == 1
     assert str(tmp_path / "run/monitoring/wandb.log") in caplog.text

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -131,22 +134,62 @@ def test_no_process_that_trains_knows_wandb(told: RunDirectory, small_config: Sm
     assert len(offline_runs(tmp_path / "run")) == 3
 
 
+class Refusing(BaseHTTPRequestHandler):
+    """A service of W&B's that knows no key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"errors": [{"message": "user is not logged in"}]}')
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """Address of such a service."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def away() -> Iterator[str]:
+    """Address where nobody answers."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{nobody.getsockname()[1]}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [None, "0" * 40])
-def test_no_key_or_a_wrong_one_and_a_service_that_is_away(
+@pytest.mark.parametrize(
+    ("service", "key", "patience", "report"),
+    [
+        ("away", "", 60.0, "W&B has failed and is left out from here on.*No API key"),
+        ("refusing", "0" * 40, 60.0, "W&B has failed and is left out from here on.*401"),
+        ("away", "0" * 40, 5.0, "W&B has not taken everything within the 5 s of monitoring.patience"),
+    ],
+    ids=["no key", "wrong key", "service away"],
+)
+def test_mistakes_in_the_account_cost_a_report(
     no_account: None,
     small_config: SmallConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    key: str | None,
+    request: pytest.FixtureRequest,
+    service: str,
+    key: str,
+    patience: float,
+    report: str,
 ) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        if key is not None:
-            monkeypatch.setenv("WANDB_API_KEY", key)
-        assert train_run(small_config(**SHORT, monitoring={"wandb": "online", "patience": 8.0}), tmp_path).ok
+    monkeypatch.setenv("WANDB_BASE_URL", request.getfixturevalue(service))
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    assert train_run(small_config(**SHORT, monitoring={"wandb": "online", "patience": patience}), tmp_path).ok
     reports = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(reports) == 1
-    assert reports[0].startswith("W&B has ")
+    assert re.match(report, reports[0])
