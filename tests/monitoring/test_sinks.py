@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,17 @@ def test_an_interrupted_driver_does_not_wait(small_config: SmallConfig, tmp_path
     assert not process.ended
     process._process.kill()
     process._process.wait(60)
+
+
+def test_somebody_who_has_enough_of_waiting_spoils_nothing(small_config: SmallConfig, tmp_path: Path) -> None:
+    class Waiting:
+        def finish(self) -> None: ...
+
+        def wait(self, deadline: float, patience: float) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with Sinks(start_run(small_config(), tmp_path / "run")) as sinks:
+        sinks._running.append(Waiting())  # type: ignore[arg-type]
 
 
 def test_a_process_whose_driver_is_gone_ends_by_itself(
