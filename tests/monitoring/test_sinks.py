@@ -29,6 +29,15 @@ FakeWandb = Callable[[str], Path]
 
 RAISES = "raise RuntimeError('W&B is not at home')"
 HANGS = "import time; time.sleep(600)"
+SHORT = {"training": {"steps": 8}, "logging": {"every": 2}, "checkpoints": {"every": 4}, "chain": {"start_noises": 2}}
+
+
+@pytest.fixture(scope="module")
+def alone(small_config: SmallConfig, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that nobody is told of."""
+    where = tmp_path_factory.mktemp("alone") / "run"
+    assert train_run(small_config(**SHORT), where).ok
+    return RunDirectory.open(where)
 
 
 @pytest.fixture
@@ -76,6 +85,7 @@ def snapshot_of(run: RunDirectory) -> Snapshot:
     ],
 )
 def test_training_ends_as_if_there_were_none(
+    alone: RunDirectory,
     small_config: SmallConfig,
     tmp_path: Path,
     fake_wandb: FakeWandb,
@@ -84,18 +94,11 @@ def test_training_ends_as_if_there_were_none(
     patience: float,
     report: str,
 ) -> None:
-    short = {
-        "training": {"steps": 8},
-        "logging": {"every": 2},
-        "checkpoints": {"every": 4},
-        "chain": {"start_noises": 2},
-    }
-    assert train_run(small_config(**short), tmp_path / "alone").ok
     called = fake_wandb(init)
-    told = small_config(**short, monitoring={"wandb": "online", "patience": patience})
+    told = small_config(**SHORT, monitoring={"wandb": "online", "patience": patience})
     assert train_run(told, tmp_path / "told", watch=HoldUntil(called)).ok
     assert [text[: len(report)] for text in warnings(caplog)] == [report]
-    alone, run = RunDirectory.open(tmp_path / "alone"), RunDirectory.open(tmp_path / "told")
+    run = RunDirectory.open(tmp_path / "told")
     assert [line["event"] for line in run.events()] == [line["event"] for line in alone.events()]
     for index in range(3):
         assert newest_files(run, index) == newest_files(alone, index)
