@@ -16,6 +16,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dbtrain.data_config import DataConfig
 from dbtrain.model_config import ModelConfig, Section, config_class
+from dbtrain.monitoring_config import MonitoringConfig
 from dbtrain.resources_config import ResourcesConfig
 
 READOUTS = ("first", "last", "product", "first_mean", "last_mean", "product_mean")
@@ -225,6 +226,8 @@ class RunConfig(Section):
     """What a worker gets."""
     logging: LoggingConfig = LoggingConfig()
     """What a worker tells."""
+    monitoring: MonitoringConfig = MonitoringConfig()
+    """Who else is told."""
 
     @model_validator(mode="before")
     @classmethod
@@ -318,11 +321,11 @@ class RunConfig(Section):
         """The fields that decide the trained bytes, as plain data.
 
         Two configurations with the same identity may share a run directory. Left out are the run's name, where the
-        shards lie and are copied to (their digest stands in the plan), placement, cadences, and how inference will read
-        the model.
+        shards lie and are copied to (their digest stands in the plan), placement, cadences, who is told, and how
+        inference will read the model.
         """
         full = self.model_dump(mode="json")
-        for section in ("name", "checkpoints", "logging", "chain"):
+        for section in ("name", "checkpoints", "logging", "monitoring", "chain"):
             del full[section]
         full["resources"] = {"threads": self.resources.threads, "device": self.resources.resolved_device}
         del full["data"]["path"], full["data"]["cache"]

@@ -34,6 +34,7 @@ ATTEMPT = "attempt.json"
 METRICS = "metrics.jsonl"
 WORKERS = "workers.jsonl"
 TOKENIZER = "tokenizer.json"
+EVALUATION = "evaluation.json"
 
 _log = logging.getLogger(__name__)
 

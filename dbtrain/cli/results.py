@@ -83,9 +83,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """The metric by read-out, by step of the chain, and by block alone; a baseline also scores generated text."""
+    from dbtrain.monitoring.sinks import send_assembly
+
     directory, beside = open_runs(run, baseline)
     ours = _evaluation(directory, device, data, split.value, judge=beside, renew=True)
     theirs = None if beside is None else _evaluation(beside, device, data, split.value, renew=True)
+    for evaluated in (directory, beside):
+        if evaluated is not None:
+            send_assembly(evaluated)
     if as_json:
         result: dict[str, Any] = {"run": run, **ours.as_json()}
         if theirs is not None:

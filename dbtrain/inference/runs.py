@@ -14,11 +14,9 @@ from dbtrain.data.manifest import Split
 from dbtrain.hub import on_hub
 from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.evaluation import Evaluation, Progress
-from dbtrain.run_directory import PLAN, RunDirectory
+from dbtrain.run_directory import EVALUATION, PLAN, RunDirectory
 from dbtrain.storage import Storage
 from dbtrain.training.checkpoint import checkpoint_steps
-
-EVALUATION = "evaluation.json"
 
 
 def model_of(run: RunDirectory, device: str | torch.device = "cpu") -> AssembledModel:

@@ -59,6 +59,18 @@ class Watcher(Protocol):
         ...
 
 
+class Watchers:
+    """Several watchers as one."""
+
+    def __init__(self, *watchers: Watcher | None):
+        self._watchers = [watcher for watcher in watchers if watcher is not None]
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Tell them all, in their order."""
+        for watcher in self._watchers:
+            watcher.update(snapshot)
+
+
 class Driver:
     """Carries out what the coordinator wants, until every block has ended."""
 

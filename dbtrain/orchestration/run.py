@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from dbtrain.data.node_cache import local_shards
 from dbtrain.data.prepare import ensure_prepared
 from dbtrain.data.shards import ShardSet
 from dbtrain.errors import CorruptData, UserError
+from dbtrain.monitoring.sinks import Sinks, check_sinks
 from dbtrain.orchestration.backend import Backend
-from dbtrain.orchestration.driver import Driver, Snapshot, Watcher
+from dbtrain.orchestration.driver import Driver, Snapshot, Watcher, Watchers
 from dbtrain.orchestration.lock import driver_lock
 from dbtrain.orchestration.state import BlockState, BlockStatus, Policy, initial_state
 from dbtrain.orchestration.stopping import StopToken, stop_on_signals
@@ -106,6 +107,7 @@ def train_run(
         UserError: the data, the run directory or the resources are not what the configuration needs.
     """
     config = config.located()
+    check_sinks(config, Storage.open(run_path))
     manifest = ensure_prepared(config)
     facts = manifest.facts()
     # Copies are for the machines that train; the driver of a cluster need not be one of them.
@@ -126,7 +128,12 @@ def train_run(
 
     stop = StopToken() if stop is None else stop
     # The backend comes before the run directory: a run that no node can hold leaves nothing behind.
-    with closing(_open_backend(backend, config, plan, address, stop)) as workers, stop_on_signals(stop):
+    # Sinks are waited for last: until then others may have the room of the workers.
+    with (
+        ExitStack() as afterwards,
+        closing(_open_backend(backend, config, plan, address, stop)) as workers,
+        stop_on_signals(stop),
+    ):
         if not storage.exists(PLAN):
             RunDirectory.create_or_resume(storage, config, plan)
         with driver_lock(storage):
@@ -137,7 +144,8 @@ def train_run(
             state = initial_state(
                 _found(run), nodes=workers.nodes(), policy=_policy(resources), order=order, limit=resources.workers
             )
-            state = Driver(run, state, workers, stop, watch).loop()
+            sinks = afterwards.enter_context(Sinks(run))
+            state = Driver(run, state, workers, stop, Watchers(watch, sinks, _metrics(backend, config))).loop()
     return _result(storage.uri, state.blocks)
 
 
@@ -159,6 +167,14 @@ def _open_backend(name: BackendName, config: RunConfig, plan: Plan, address: str
         raise UserError("Ray is not installed here", field="--backend", value=name, mend=mend) from None
 
     return RayBackend(config, plan, address)
+
+
+def _metrics(backend: BackendName, config: RunConfig) -> Watcher | None:
+    if backend != "ray" or not config.monitoring.prometheus:
+        return None
+    from dbtrain.orchestration.ray_metrics import RayMetrics
+
+    return RayMetrics()
 
 
 def _policy(resources: ResourcesConfig) -> Policy:
