@@ -17,7 +17,7 @@ from types import FrameType
 import typer
 
 import dbtrain
-from dbtrain.cli import data, exporting, live, planning, results, sampling, training
+from dbtrain.cli import data, exporting, live, planning, results, sampling, training, web
 from dbtrain.cli.output import ToStandardError, report, report_mistake
 from dbtrain.errors import RunInterrupted, UserError
 
@@ -42,6 +42,7 @@ app.command(epilog="Example:  dbtrain train configs/demo/vit.yaml --run runs/a -
 app.command(epilog="Example:  dbtrain baseline configs/demo/vit.yaml --run runs/a-baseline")(training.baseline)
 app.command(epilog="Example:  dbtrain stop runs/a")(live.stop)
 app.command(epilog="Example:  dbtrain scale runs/a block=3 replicas=2")(live.scale)
+app.command(epilog="Example:  dbtrain monitor runs/a --web")(web.monitor)
 app.command(epilog="Example:  dbtrain assemble runs/a")(results.assemble)
 app.command(epilog="Example:  dbtrain evaluate runs/a --baseline runs/a-baseline")(results.evaluate)
 app.command(epilog="Example:  dbtrain predict runs/a one.png two.png")(results.predict)
