@@ -105,7 +105,6 @@ def _block(view: RunView, block: BlockView, points: int) -> dict[str, Any]:
         "samples_per_second": block.samples_per_second if block.running else None,
         "flops_per_second": block.flops_per_second if block.running else None,
         "peak_memory": block.peak_memory,
-        "planned_memory": layout.bytes.total,
         "checkpoint_step": block.checkpoint_step,
         "checkpoint_at": block.checkpoint_at,
         "heard_at": block.heard_at,

@@ -117,9 +117,7 @@ class Chart {
     labels.sort((a, b) => a.y - b.y);
     labels.forEach((label, index) => {
       if (index > 0) label.y = Math.max(label.y, labels[index - 1].y + 12);
-      const text = drawn("text", { x: label.x, y: label.y + 4, class: "strong" }, String(label.one.block.index));
-      text.setAttribute("fill", label.one.colour);
-      svg.append(text);
+      svg.append(drawn("text", { x: label.x, y: label.y + 4, class: "strong" }, String(label.one.block.index)));
     });
   }
 

@@ -31,7 +31,7 @@ function drawNoise(box, state, theme) {
     svg.append(drawn("text", { x: middle, y: bottom + 34, "text-anchor": "middle" }, words));
   }
   let free = -Infinity;
-  const bounds = [...new Set(edges)].sort((a, b) => (masked ? b - a : b - a));
+  const bounds = [...new Set(edges)].sort((a, b) => b - a);
   bounds.forEach((value, index) => {
     const at = x(value), text = plain(value, 3), half = text.length * 3.4;
     const last = index === bounds.length - 1;

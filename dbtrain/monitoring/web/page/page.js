@@ -1,7 +1,7 @@
 "use strict";
 // Asks for the state of the run once a second while it is watched, and shows it.
 
-const ASK_MS = 1000, ASK_ENDED_MS = 5000, PATIENCE_MS = 15000;
+const ASK_MS = 1000, ASK_ENDED_MS = 5000, PATIENCE_MS = 15000, SILENT_S = 60;
 const TROUBLE = new Set(["block_restarting", "block_rolled_back", "run_interrupted", "block_stopped"]);
 const token = new URLSearchParams(location.search).get("token");
 const byId = (id) => document.getElementById(id);
@@ -140,7 +140,9 @@ function rowOf(block) {
   cell("block", "", name, note(first === last ? `layer ${first}` : `layers ${first}–${last}`));
   const badge = element("span");
   setState(badge, block.state);
-  cell("state", "", badge, ...(block.replicas > 1 ? [` × ${block.replicas}`] : []));
+  cell("state", "is", badge, ...(block.replicas > 1 ? [` × ${block.replicas}`] : []));
+  const silent = state.now - (block.heard_at || state.now);
+  if (block.state === "running" && silent > SILENT_S) row.lastChild.append(note(`last told ${duration(silent)} ago`));
   if (block.reason !== null && block.state !== "finished") {
     row.lastChild.append(element("span", { className: "reason", title: block.reason }, block.reason));
   }
@@ -152,11 +154,11 @@ function rowOf(block) {
   cell("loss", "n", fixed(block.loss));
   cell("samples/s", "n", block.samples_per_second === null ? "–" : scaled(block.samples_per_second, ""));
   cell("FLOP/s", "n", scaled(block.flops_per_second, ""));
-  cell("memory", "n", block.peak_memory === null ? "–" : scaled(block.peak_memory, "B"), note(`plan ${scaled(block.planned_memory, "B")}`));
+  cell("memory", "n", block.peak_memory === null ? "–" : scaled(block.peak_memory, "B"));
   cell("restarts", "n", String(block.restarts), ...(block.rollbacks ? [note(`${block.rollbacks} rolled back`)] : []));
   const age = block.checkpoint_at === null ? "–" : block.state === "running" ? `${duration(state.now - block.checkpoint_at)} ago` : clock(block.checkpoint_at);
   cell("checkpoint", "n", age, ...(block.checkpoint_step ? [note(`step ${count(block.checkpoint_step)}`)] : []));
-  cell("ETA", "n", block.state === "finished" ? "done" : duration(block.seconds_left));
+  cell("ETA", "n eta", block.state === "finished" ? "done" : duration(block.seconds_left));
   return row;
 }
 

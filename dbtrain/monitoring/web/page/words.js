@@ -67,7 +67,6 @@ const PALETTES = {
 
 function colourOf(index, blocks, theme) {
   const stops = PALETTES[theme];
-  // Few blocks take the middle of the palette's ends, far apart.
   const at = blocks === 1 ? 1 : (index / (blocks - 1)) * (stops.length - 1);
   const low = Math.min(Math.floor(at), stops.length - 2);
   const mixed = stops[low].map((from, part) => Math.round(from + (stops[low + 1][part] - from) * (at - low)));
@@ -79,7 +78,7 @@ function ticks(low, high, wanted) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const size = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
   const found = [];
-  for (let n = Math.ceil(low / size - 1e-9); n * size <= high + size * 1e-9; n += 1) found.push(n * size);
+  for (let n = Math.ceil(low / size - 1e-9); n * size <= high + size * 1e-9; n += 1) found.push(n * size + 0);
   return found;
 }
 
