@@ -27,7 +27,11 @@ from dbtrain.models import family_of
 from dbtrain.run_directory import TOKENIZER, BlockDirectory, RunDirectory
 from dbtrain.storage import Storage
 
-IMAGES = 40
+IMAGES = 36
+ROWS = 4
+"""Of a column a class."""
+WIDEST = 16
+"""Images in a row, at most."""
 TEXTS = 3
 TOKENS = 120
 """Of a continued text, at most."""
@@ -66,11 +70,12 @@ def draw(run: RunDirectory, folder: Path) -> dict[str, Any]:
     front = open_model(model)
     if task == "generate_images":
         sampler = cast("ImageSampler", front)
-        images = sampler.sample(IMAGES)
+        # Samples have the classes in turn: a column a class, if these are not too many for a row.
+        columns = sampler.num_classes if sampler.num_classes in range(2, WIDEST + 1) else None
+        images = sampler.sample(IMAGES if columns is None else ROWS * columns)
         if images.dtype != np.uint8:
             return {**answer, "about": "The model makes latents, which only their own decoder can show."}
-        labels = sampler.labels_for(len(images))
-        grid(images, None if labels is None else labels.numpy()).save(folder / "samples.png")
+        grid(images, columns=columns).save(folder / "samples.png")
         return answer
     if task == "unmask_text":
         texts = cast("TextUnmasker", front).generate(TEXTS)

@@ -11,6 +11,7 @@ from dbtrain.config import RunConfig
 from dbtrain.model_config import MaskedLMConfig
 from dbtrain.monitoring.curve import Curve
 from dbtrain.monitoring.run_view import BlockView, Mark, Notice, RunView
+from dbtrain.orchestration.state import BlockState
 from dbtrain.plan import BlockPlan
 
 NOTICES = 200
@@ -91,7 +92,7 @@ def _block(view: RunView, block: BlockView, points: int) -> dict[str, Any]:
         "layers": [layout.layers[0], layout.layers[1] - 1],
         "noise": _range(layout),
         "parameters": layout.parameters,
-        "state": block.state,
+        "state": _state(block),
         "attempt": block.attempt,
         "restarts": block.restarts,
         "rollbacks": block.rollbacks,
@@ -114,6 +115,12 @@ def _block(view: RunView, block: BlockView, points: int) -> dict[str, Any]:
         "rates": _curve(block.rates, points),
         "marks": [_mark(mark) for mark in block.marks[-MARKS:]],
     }
+
+
+def _state(block: BlockView) -> BlockState:
+    """Its state; one that gets a new worker after trouble is still restarting."""
+    again = block.state is BlockState.STARTING and block.reason is not None
+    return BlockState.RESTARTING if again else block.state
 
 
 def _range(layout: BlockPlan) -> list[float] | None:

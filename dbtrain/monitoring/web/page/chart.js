@@ -5,7 +5,7 @@ class Chart {
   constructor(box) {
     this.box = box;
     this.curve = "losses";
-    this.scale = "linear";
+    this.scale = "log";
     this.hidden = new Set();
     this.at = null;  // step under the cursor
     this.readout = element("div", { className: "readout", hidden: true });
@@ -62,7 +62,7 @@ class Chart {
     this.steps = [...new Set(told.flatMap((one) => one.steps))].sort((a, b) => a - b);
     this.unscale = null;
     if (told.length === 0) {
-      svg.append(drawn("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "nothing has been told yet"));
+      svg.append(drawn("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, this.nothing()));
       this.readout.hidden = true;
       this.box.replaceChildren(svg, this.readout);
       return;
@@ -94,6 +94,11 @@ class Chart {
     }
     this.read(svg, told, x, y, { left, right, top, bottom, width });
     this.box.replaceChildren(svg, this.readout);
+  }
+
+  nothing() {
+    const some = this.state.blocks.some((block) => block[this.curve].steps.length > 0);
+    return some ? "nothing to draw: no block is chosen, or no value is above zero" : "nothing has been told yet";
   }
 
   axes(svg, { low, high, end, x, y, left, right, top, bottom, log }) {
