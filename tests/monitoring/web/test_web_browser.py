@@ -7,12 +7,13 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import dbtrain, finish, start
 from web_monitor import EVIL, TOKEN, serving
 
 from dbtrain.config import RunConfig
@@ -49,9 +50,7 @@ def page(browser: Any) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1240, "height": 1000}, color_scheme="dark")
     page = context.new_page()
     page.set_default_timeout(120_000)
-    page.on(
-        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
-    )
+    page.on("console", lambda message: complaints.extend([message.text] * (message.type in ("error", "warning"))))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
     yield page
@@ -66,16 +65,18 @@ def test_a_live_run_whose_worker_is_killed(page: Any, small_config: Callable[...
     )
     config.write_text(long.to_yaml())
     where = tmp_path / MARKUP
-    driver = start("train", config, "--run", where, "--backend", "ray")
+    command = [sys.executable, "-m", "dbtrain.cli.main", "train", str(config), "--run", str(where), "--backend", "ray"]
+    with (tmp_path / "output").open("wb") as output:
+        driver = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
     try:
         _wait_for(page, (where / PLAN).exists, lambda: driver.poll() is None)
         run = RunDirectory.open(where)
         with serving(run) as server:
             _watch(page, server, run)
     finally:
-        dbtrain("stop", where)
-        finish(driver, 90)
-    assert driver.returncode == 1  # stopped
+        driver.terminate()
+        code = driver.wait(90)
+    assert code == 1, (tmp_path / "output").read_text()  # stopped
 
 
 def _watch(page: Any, server: MonitorServer, run: RunDirectory) -> None:
