@@ -90,18 +90,21 @@ def _write(path: Path, save: Callable[[IO[bytes]], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def grid(images: npt.NDArray[Any], labels: npt.NDArray[np.int64] | None = None) -> Image.Image:
+def grid(
+    images: npt.NDArray[Any], labels: npt.NDArray[np.int64] | None = None, columns: int | None = None
+) -> Image.Image:
     """The first `GRID_IMAGES` of `images`, uint8 (N, H, W, C) with 1 or 3 channels, on white.
 
-    Every class begins a new row, lowest id first; without labels, or with no two of a class, they fill a square.
+    Every class begins a new row, lowest id first; without labels, or with no two of a class, they fill a square,
+    or rows of `columns` in the order in which they are.
     """
     images = images[:GRID_IMAGES]
     n, height, width, channels = images.shape
     classes = np.zeros(n, np.int64) if labels is None else labels[:n]
     most = int(np.bincount(classes).max())
     square = math.isqrt(n - 1) + 1
-    by_class = 1 < most < n
-    columns = most if by_class else square
+    by_class = columns is None and 1 < most < n
+    columns = columns or (most if by_class else square)
     order = np.argsort(classes, kind="stable")
     rows = [order[classes[order] == label] for label in np.unique(classes)] if by_class else _cut(order, columns)
     enlarge = max(1, _TILE // max(height, width))

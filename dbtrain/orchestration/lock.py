@@ -77,7 +77,7 @@ def driver_at_work(storage: Storage) -> bool:
     if storage.local_path is None:
         return True
     try:
-        handle = os.open(storage.local_path / LOCK, os.O_RDWR)
+        handle = os.open(storage.local_path / LOCK, os.O_RDONLY)  # a run of others may be read alone
     except FileNotFoundError:
         return False
     except OSError:

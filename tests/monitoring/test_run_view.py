@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,22 @@ def test_a_driver_that_died_did_not_say_so(run: RunDirectory) -> None:
     assert view.state is RunState.INTERRUPTED
     assert view.blocks[0].state is BlockState.STOPPED
     assert view.seconds_left(view.blocks[0]) == math.inf
+
+
+def test_who_may_only_read_a_run_sees_that_its_driver_is_gone(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with driver_lock(run.storage):
+        run.journal({"event": "run_started", "backend": "ray", "slots": 3, "pid": 7, "node": "a"})
+    may_open = os.open
+
+    def open_to_read(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(path)
+        return may_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", open_to_read)
+    assert RunReader(run).read().state is RunState.INTERRUPTED
 
 
 def test_a_restart_marks_the_curve_and_repeats_steps(run: RunDirectory) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from dbtrain.errors import UserError
 from dbtrain.inference.compare import check_baseline, driven_seconds
 from dbtrain.inference.evaluation import Evaluation, Point
-from dbtrain.inference.runs import EVALUATION, evaluation_known
+from dbtrain.inference.runs import evaluation_known
 from dbtrain.models import family_of
 from dbtrain.monitoring.lines import LineFollower
 from dbtrain.monitoring.report.faults import BlockLines, Fault, faults, is_event, told
@@ -18,7 +18,7 @@ from dbtrain.monitoring.report.samples import Samples, samples_kept
 from dbtrain.monitoring.report.settings import Setting, settings
 from dbtrain.monitoring.run_view import RunReader, RunView
 from dbtrain.plan import BlockPlan
-from dbtrain.run_directory import EVENTS, METRICS, WORKERS, RunDirectory
+from dbtrain.run_directory import EVALUATION, EVENTS, METRICS, WORKERS, RunDirectory
 from dbtrain.training.planner import make_plan
 
 _OF_AN_ATTEMPT = frozenset({"time", "attempt", "step", "replicas", "machine"})
