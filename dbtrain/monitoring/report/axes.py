@@ -134,7 +134,7 @@ def frame(
     xs: Sequence[float], ys: Sequence[float], x_name: str, y_name: str, *, log: bool | None = None, x_room: float = 0.0
 ) -> Frame:
     """Around those points. Raises ValueError if none of the values is finite."""
-    x = scale_of(xs, 46, WIDTH - 10, room=x_room, log=False)
+    x = scale_of(xs, 46, WIDTH - 18, room=x_room, log=False)
     return Frame(x, scale_of(ys, HEIGHT - 34, 20, log=log), x_name, y_name)
 
 

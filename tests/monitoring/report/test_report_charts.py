@@ -3,11 +3,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from small_families import MODELS
 from small_runs import start_run
 
 from dbtrain.config import RunConfig
@@ -89,21 +87,6 @@ def test_nothing_told_draws_nothing(view: RunView) -> None:
     assert charts.block_loss(view.blocks[0], "#123456") is None
     view.blocks[2].losses.add(10, 1.0)
     assert charts.all_losses(view) is not None
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_every_family_owns_its_noise(family: str, family_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = family_config(family)
-    plan = start_run(config, tmp_path / "run").plan
-    svg = charts.noise_axis(plan.blocks)
-    assert svg is not None
-    # The second bar of each block is its own range: they follow one another without a gap, high noise to the left.
-    bars = [(float(x), float(w)) for x, w in re.findall(r'<rect x="([\d.-]+)" y="\d+" width="([\d.]+)"', svg)][1::2]
-    assert len(bars) == len(plan.blocks)
-    for (x, width), (following, _) in pairwise(bars):
-        assert x + width == pytest.approx(following, abs=0.3)
-    baseline = start_run(config, tmp_path / "baseline", "end_to_end").plan
-    assert charts.noise_axis(baseline.blocks) is None
 
 
 def test_the_chain_picture_needs_a_chain() -> None:

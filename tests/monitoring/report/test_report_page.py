@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from small_families import MODELS
 from small_runs import start_run, train_all
 
 from dbtrain.config import RunConfig
+from dbtrain.monitoring.report import charts
 from dbtrain.monitoring.report.gather import gather
 from dbtrain.monitoring.report.page import render
 from dbtrain.run_directory import RunDirectory
@@ -30,13 +33,22 @@ def test_every_family_has_a_page_before_anything_is_trained(
     family: str, family_config: FamilyConfig, tmp_path: Path
 ) -> None:
     config = family_config(family)
-    run = start_run(config, tmp_path / "run")
-    page = _page(run, start_run(config, tmp_path / "baseline", "end_to_end"))
+    run, baseline = start_run(config, tmp_path / "run"), start_run(config, tmp_path / "baseline", "end_to_end")
+    page = _page(run, baseline)
     first, end = run.plan.blocks[2].layers
     assert page.rows("plan")["block 2"][0] == f"{first}–{end - 1}"
     assert f"· {family}" in page.words[""]
     assert ("classifies images" in page.words["samples"]) == (family == "vit")
     assert len(set(page.ids)) == len(page.ids)
+
+    # Each block's own range is the second bar of its two: one follows the other, high noise to the left.
+    axis = charts.noise_axis(run.plan.blocks)
+    assert axis is not None
+    bars = [(float(x), float(w)) for x, w in re.findall(r'<rect x="([\d.-]+)" y="\d+" width="([\d.]+)"', axis)][1::2]
+    assert len(bars) == 3
+    for (x, width), (following, _) in pairwise(bars):
+        assert x + width == pytest.approx(following, abs=0.3)
+    assert charts.noise_axis(baseline.plan.blocks) is None
 
 
 @pytest.mark.slow
