@@ -17,7 +17,7 @@ from types import FrameType
 import typer
 
 import dbtrain
-from dbtrain.cli import data, exporting, live, planning, results, sampling, training
+from dbtrain.cli import data, exporting, live, planning, results, sampling, training, watching
 from dbtrain.cli.output import ToStandardError, report, report_mistake
 from dbtrain.errors import RunInterrupted, UserError
 
@@ -40,6 +40,8 @@ app.command(epilog="Example:  dbtrain train configs/demo/vit.yaml --run runs/a -
     training.train
 )
 app.command(epilog="Example:  dbtrain baseline configs/demo/vit.yaml --run runs/a-baseline")(training.baseline)
+app.command(epilog="Example:  dbtrain status runs/a --json")(watching.status)
+app.command(epilog="Example:  dbtrain monitor runs/a")(watching.monitor)
 app.command(epilog="Example:  dbtrain stop runs/a")(live.stop)
 app.command(epilog="Example:  dbtrain scale runs/a block=3 replicas=2")(live.scale)
 app.command(epilog="Example:  dbtrain assemble runs/a")(results.assemble)

@@ -1,0 +1,88 @@
+"""`dbtrain status` and `dbtrain monitor`: how a run stands, from its directory: also a run that is over, or of others."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dbtrain.cli.output import AsJson, RunPath, emit_json, err, out
+from dbtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from dbtrain.monitoring.run_view import RunView
+    from dbtrain.run_directory import RunDirectory
+
+_OFTENEST, _SELDOMEST = 0.1, 3600.0  # seconds
+
+
+def status(run: RunPath, as_json: AsJson = False) -> None:
+    """How a run stands: its state, its blocks, what is wrong."""
+    show_status(run, as_json)
+
+
+def monitor(
+    run: RunPath,
+    every: Annotated[float, typer.Option("--every", metavar="SECONDS", help="Between two looks.")] = 1.0,
+) -> None:
+    """Live view of a run in the terminal: blocks, curves, logs. Keys: ? lists them, q leaves."""
+    from dbtrain.run_directory import RunDirectory
+
+    if not _OFTENEST <= every <= _SELDOMEST:
+        raise UserError(f"has to be from {_OFTENEST:g} to {_SELDOMEST:g} seconds", field="--every", value=every)
+    directory = RunDirectory.open(run)
+    _replace_unknown()
+    if not (out.is_terminal and sys.stdin.isatty()) or out.is_dumb_terminal:
+        err.print("no terminal that keys and a screen could be had from; this is one look, as `dbtrain status`")
+        _print_status(directory)
+        return
+    from dbtrain.monitoring.monitor import watch_run
+
+    watch_run(directory, out, sys.stdin.fileno(), every)
+
+
+def show_status(run: str, as_json: bool) -> None:
+    """Print how the run of a directory stands.
+
+    Raises:
+        UserError: it is no run directory, or cannot be read.
+    """
+    from dbtrain.run_directory import RunDirectory
+
+    directory = RunDirectory.open(run)
+    if not as_json:
+        _replace_unknown()
+        _print_status(directory)
+        return
+    from dbtrain.monitoring.status import status_object
+
+    emit_json(status_object(_read(directory), time.time()))
+
+
+def _print_status(directory: RunDirectory) -> None:
+    from dbtrain.monitoring.columns import Look
+    from dbtrain.monitoring.monitor import glyphs_of
+    from dbtrain.monitoring.status import status_lines
+
+    look = Look(_read(directory), time.time(), glyphs_of(out))
+    # Where nobody looks at a screen, nothing is left out.
+    for line in status_lines(look, out.width if out.is_terminal else None):
+        out.print(line, soft_wrap=True)
+
+
+def _replace_unknown() -> None:
+    """Names may have characters that the terminal's encoding has not."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _read(directory: RunDirectory) -> RunView:
+    from dbtrain.monitoring.run_view import RunReader
+
+    try:
+        return RunReader(directory).read()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", field="RUN", value=directory.uri) from None
