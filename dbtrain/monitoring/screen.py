@@ -12,6 +12,7 @@ from rich.text import Text
 from dbtrain.monitoring.block_page import page_lines
 from dbtrain.monitoring.columns import Look, table_lines
 from dbtrain.monitoring.overview import cropped, head_lines, notice_line, troubles
+from dbtrain.monitoring.plain_text import plain
 from dbtrain.monitoring.run_view import BlockView, RunView
 from dbtrain.orchestration.state import BlockState
 
@@ -141,7 +142,7 @@ def draw(
     head = head_lines(look)
     if screen.held:
         head[0].append("  held", style="reverse")
-    wrong = [] if problem is None else [Text(f"cannot be read just now: {problem}", style="bold red")]
+    wrong = [] if problem is None else [Text(plain(f"cannot be read just now: {problem}"), style="bold red")]
     keys = "q leave  ? help  p go on" if screen.held else "q leave  ? help  p hold"
     if screen.page is Page.LOG:
         body = _log(screen, look, worker_log, width, height - len(wrong) - 1)
