@@ -88,6 +88,8 @@ class Follower:
                 self._reader = RunReader(RunDirectory.open(self._reader.run.uri))
             self._reader.read()
             self._stale = False
+        except FileNotFoundError:
+            problem, self._stale = "the directory is not there any more", True
         except OSError as error:
             problem, self._stale = error.strerror or str(error), True
         except UserError as error:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 
 from dbtrain.monitoring.block_page import worker_log
@@ -35,22 +35,23 @@ def watch_run(run: RunDirectory, console: Console, terminal: int, every: float) 
     Args:
         run: its directory is read, and nothing is written there. It may vanish and come back.
         console: a terminal.
-        terminal: descriptor that keys come from.
+        terminal: its descriptor, that keys come from.
         every: seconds between two looks at the directory.
     """
     screen = Screen()
     with _no_log_lines(), Follower(run, every) as follower, contextlib.suppress(KeyboardInterrupt, EOFError):
         while not screen.left:
             with _full_screen(console) as live, Keyboard(terminal) as keyboard:
-                _show(screen, follower, live, keyboard)
+                _show(screen, follower, live, keyboard, terminal)
             if not screen.left:
                 os.kill(0, signal.SIGTSTP)  # as the terminal does it; the shell wakes us up
 
 
-def _show(screen: Screen, follower: Follower, live: Live, keyboard: Keyboard) -> None:
+def _show(screen: Screen, follower: Follower, live: Live, keyboard: Keyboard, terminal: int) -> None:
     """Until somebody leaves or suspends."""
     frame, now = follower.newest(), time.time()
     while True:
+        _fit(live.console, terminal)
         live.update(_picture(screen, frame, now, live.console), refresh=True)
         for key in keyboard.wait(TICK, follower.descriptor):
             if key == "suspend":
@@ -61,6 +62,14 @@ def _show(screen: Screen, follower: Follower, live: Live, keyboard: Keyboard) ->
         newest = follower.newest()
         if not screen.held:
             frame, now = newest, time.time()
+
+
+def _fit(console: Console, terminal: int) -> None:
+    """Take the size that the window has now; COLUMNS and LINES, which go before it elsewhere, may be those of once."""
+    with contextlib.suppress(OSError):
+        columns, lines = os.get_terminal_size(terminal)
+        if columns > 0 and lines > 0:  # some terminals do not know
+            console.size = ConsoleDimensions(columns, lines)
 
 
 def _picture(screen: Screen, frame: Frame, now: float, console: Console) -> Group:
