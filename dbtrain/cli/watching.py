@@ -1,4 +1,4 @@
-"""`dbtrain status` and `dbtrain monitor`: how a run stands, from its directory: also a run that is over, or of others."""
+"""`dbtrain status` and `dbtrain monitor`: how a run stands, from its directory, also when it is over."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def monitor(
     directory = RunDirectory.open(run)
     _replace_unknown()
     if not (out.is_terminal and sys.stdin.isatty()) or out.is_dumb_terminal:
-        err.print("no terminal that keys and a screen could be had from; this is one look, as `dbtrain status`")
+        err.print("this is no terminal with a screen and keys: one look, as of `dbtrain status`", soft_wrap=True)
         _print_status(directory)
         return
     from dbtrain.monitoring.monitor import watch_run

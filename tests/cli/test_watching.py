@@ -50,7 +50,7 @@ def test_status_of_a_run_that_nobody_has_begun(trained_runs: Path, tmp_path: Pat
 def test_monitor_without_a_terminal_is_one_look(trained_runs: Path) -> None:
     result = dbtrain("monitor", trained_runs / "run")
     assert result.code == 0
-    assert result.stderr.startswith("no terminal")
+    assert result.stderr.startswith("this is no terminal")
     assert result.stdout.splitlines()[0] == "small  finished"
 
 
