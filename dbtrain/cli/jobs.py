@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from dbtrain.cli.output import AsJson, ConfigFile, Overrides, emit_json, err, print_table, report, whole_number
+from dbtrain.cli.watching import show_status
 from dbtrain.config_file import load_config
 from dbtrain.errors import UserError
 
@@ -121,9 +122,16 @@ def status(
 ) -> None:
     """Show where a run stands: from its directory, or with --address its tries on a cluster."""
     if address is None:
-        raise UserError(
-            "is required and was not given", field="--address", mend="give the URL of the cluster's dashboard"
-        )
+        if run is None:
+            raise UserError(
+                "is required and was not given",
+                field="RUN",
+                mend="give a run directory, or --address to list what runs on a cluster",
+            )
+        if follow:
+            raise UserError("goes with --address alone", field="--follow", mend="use `dbtrain monitor RUN`")
+        show_status(run, as_json)
+        return
     from dbtrain.orchestration.ray_jobs import Jobs
 
     jobs = Jobs(address)

@@ -17,7 +17,7 @@ from types import FrameType
 import typer
 
 import dbtrain
-from dbtrain.cli import data, exporting, jobs, live, planning, reporting, results, sampling, training, web
+from dbtrain.cli import data, exporting, jobs, live, planning, reporting, results, sampling, training, watching
 from dbtrain.cli.output import ToStandardError, report, report_mistake
 from dbtrain.errors import RunInterrupted, UserError
 
@@ -46,7 +46,7 @@ app.command(epilog="Example:  dbtrain submit my.yaml --address http://head:8265 
 app.command(epilog="Example:  dbtrain status runs/a   or   dbtrain status NAME --address http://head:8265")(jobs.status)
 app.command(epilog="Example:  dbtrain stop runs/a   or   dbtrain stop NAME --address http://head:8265")(live.stop)
 app.command(epilog="Example:  dbtrain scale runs/a block=3 replicas=2")(live.scale)
-app.command(epilog="Example:  dbtrain monitor runs/a --web")(web.monitor)
+app.command(epilog="Example:  dbtrain monitor runs/a   or   dbtrain monitor runs/a --web")(watching.monitor)
 app.command(epilog="Example:  dbtrain assemble runs/a")(results.assemble)
 app.command(epilog="Example:  dbtrain evaluate runs/a --baseline runs/a-baseline")(results.evaluate)
 app.command(epilog="Example:  dbtrain predict runs/a one.png two.png")(results.predict)

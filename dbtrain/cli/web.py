@@ -1,4 +1,4 @@
-"""`dbtrain monitor RUN --web`: a run as a page for the browser."""
+"""The options of `dbtrain monitor RUN --web`, and the page it serves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dbtrain.cli.output import AsJson, RunPath, emit_json, err
-from dbtrain.errors import UserError
+from dbtrain.cli.output import emit_json, err
+
+PORT, LOOPBACK = 8090, "127.0.0.1"
 
 Port = Annotated[int, typer.Option("--port", help="Of the page; 0 takes any that is free.", min=0, max=65535)]
 Bind = Annotated[
@@ -28,21 +29,6 @@ Samples = Annotated[
         show_default=False,
     ),
 ]
-
-
-def monitor(
-    run: RunPath,
-    web: Annotated[bool, typer.Option("--web", help="As a page for the browser.")] = False,
-    port: Port = 8090,
-    bind: Bind = "127.0.0.1",
-    token: Token = None,
-    samples: Samples = None,
-    as_json: AsJson = False,
-) -> None:
-    """Watch a run, from anywhere that sees its directory; it is only read."""
-    if not web:
-        raise UserError("is needed", field="--web", mend="add it")
-    serve_web(run, port, bind, token, samples, as_json)
 
 
 def serve_web(run: str, port: int, bind: str, token: str | None, samples: float | None, as_json: bool) -> None:

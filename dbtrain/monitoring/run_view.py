@@ -21,6 +21,8 @@ from dbtrain.run_directory import EVENTS, METRICS, RunDirectory
 
 NOTICES = 1000
 """Events that are kept for those who look, the newest ones."""
+RECENT = 50
+"""Lines of a block's metrics that are kept as they stand there, the newest ones."""
 
 
 class RunState(StrEnum):
@@ -99,6 +101,8 @@ class BlockView:
     rates: Curve = field(default_factory=Curve)
     """Samples per second."""
     marks: list[Mark] = field(default_factory=list)
+    recent: list[dict[str, Any]] = field(default_factory=list)
+    """Its newest lines of metrics, as they stand there; roll-backs are among them."""
 
     @property
     def index(self) -> int:
@@ -147,6 +151,8 @@ class RunView:
     """Workers that fit, by node."""
     driver: str = "-"
     """Process and machine of the driver."""
+    worker_logs: str | None = None
+    """Folder of the workers' logs on the driver's machine, where the run has a cluster of its own."""
     notices: list[Notice] = field(default_factory=list)
 
     def seconds_left(self, block: BlockView) -> float:
@@ -182,14 +188,16 @@ class RunReader:
         for line in self._journal.read():
             try:
                 self._take_event(line)
-            except (KeyError, TypeError, ValueError, IndexError):
+            except (KeyError, TypeError, ValueError, IndexError, OverflowError):
                 continue  # written by another version, or by nobody of ours
         for block, follower in zip(self.view.blocks, self._metrics, strict=True):
             for line in follower.read():
                 try:
                     self._take_metrics(block, line)
-                except (KeyError, TypeError, ValueError):
+                except (KeyError, TypeError, ValueError, OverflowError):
                     continue
+                block.recent.append(line)
+            del block.recent[:-RECENT]
         self._judge()
         return self.view
 
@@ -209,6 +217,8 @@ class RunReader:
             view.started_at = when
             view.first_started_at = view.first_started_at or when
             view.nodes = dict(line.get("nodes", {}))
+            folder = line.get("worker_logs")
+            view.worker_logs = None if folder is None else str(folder)
             self._ended = False
             for other in view.blocks:
                 if other.state is not BlockState.FINISHED:
@@ -230,7 +240,7 @@ class RunReader:
             block.state = BlockState(state)
         match state:
             case "running":
-                block.pid, block.node, block.device = line["pid"], line["node"], line["device"]
+                block.pid, block.node, block.device = int(line["pid"]), str(line["node"]), str(line["device"])
                 block.reason = None
             case "starting":
                 block.replicas = int(line.get("replicas", 1))
@@ -258,7 +268,8 @@ class RunReader:
         block.rates.add(step, rate)
         block.step, block.loss, block.samples_per_second = step, loss, rate
         block.grad_norm, block.lr = _number(line["grad_norm"]), _number(line["lr"])
-        block.peak_memory = line.get("peak_memory")
+        peak = line.get("peak_memory")
+        block.peak_memory = None if peak is None else int(peak)
         # The journal is read first, and knows more of a block that is done.
         if block.state is not BlockState.FINISHED and line["checkpoint_step"] != block.checkpoint_step:
             block.checkpoint_step, block.checkpoint_at = int(line["checkpoint_step"]), when

@@ -16,7 +16,7 @@ from dbtrain.orchestration.driver import Snapshot, Watcher
 from dbtrain.orchestration.state import BlockState, BlockStatus
 from dbtrain.plan import BlockPlan
 
-_STYLES = {
+STATE_STYLES = {
     BlockState.PENDING: "dim",
     BlockState.STARTING: "cyan",
     BlockState.RUNNING: "bold",
@@ -133,7 +133,7 @@ def status_table(snapshot: Snapshot) -> Table:
             str(block.index),
             f"{layout.layers[0]}-{layout.layers[1] - 1}",
             noise_text(layout),
-            Text(str(block.state) + (f" x{block.seats}" if block.seats > 1 else ""), style=_STYLES[block.state]),
+            Text(str(block.state) + (f" x{block.seats}" if block.seats > 1 else ""), style=STATE_STYLES[block.state]),
             Text(
                 "-" if block.pid is None else f"{block.device} @ {block.node}",
                 no_wrap=True,

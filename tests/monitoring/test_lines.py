@@ -27,6 +27,11 @@ def test_what_is_no_object_is_left_out(tmp_path: Path) -> None:
     assert lines[1] == {"n": 3}
 
 
+def test_a_line_that_is_nested_beyond_measure_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n":' * 100_000 + '\n{"n": 1}\n')
+    assert LineFollower(Storage.open(tmp_path), "a.jsonl").read() == [{"n": 1}]
+
+
 def test_remote_files_are_followed_too(object_store: ObjectStore) -> None:
     follower = LineFollower(Storage.open(object_store.uri("run")), "a.jsonl")
     assert follower.read() == []

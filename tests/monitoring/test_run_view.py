@@ -11,7 +11,7 @@ import pytest
 from small_runs import start_run
 
 from dbtrain.config import RunConfig
-from dbtrain.monitoring.run_view import RunReader, RunState
+from dbtrain.monitoring.run_view import RECENT, RunReader, RunState
 from dbtrain.orchestration.driver import Snapshot
 from dbtrain.orchestration.lock import driver_lock
 from dbtrain.orchestration.run import train_run
@@ -128,6 +128,8 @@ def test_a_restart_marks_the_curve_and_repeats_steps(run: RunDirectory) -> None:
         {"event": "block_running", "block": 0},
         {"event": "run_started"},
         {"no": "event"},
+        {"event": "block_running", "block": 0, "attempt": 1e999, "pid": 1, "node": "b", "device": "cpu"},
+        {"event": "block_running", "block": 0, "attempt": 1, "pid": "../x", "node": "b", "device": "cpu"},
     ],
 )
 def test_lines_of_another_version_are_left_out(run: RunDirectory, line: dict[str, Any]) -> None:
@@ -135,7 +137,31 @@ def test_lines_of_another_version_are_left_out(run: RunDirectory, line: dict[str
     with (run.storage.local_path / "events.jsonl").open("a") as file:  # type: ignore[operator]
         file.write(json.dumps({"event": 3, "time": "soon"}) + "\n")
     run.block(0).log_metrics({"step": "soon"})
-    assert RunReader(run).read().state is RunState.NEW
+    run.block(0).log_metrics(_metrics(1) | {"step": math.inf})
+    run.block(0).log_metrics(_metrics(1, peak_memory="much"))
+    view = RunReader(run).read()
+    assert view.state is RunState.NEW
+    assert view.blocks[0].recent == []
+
+
+def test_the_newest_lines_of_metrics_are_kept_as_they_stand_there(run: RunDirectory) -> None:
+    reader = RunReader(run)
+    for step in range(1, 2 * RECENT):
+        run.block(0).log_metrics(_metrics(step))
+    run.block(0).log_metrics({"event": "rolled_back", "step": 5, "from_step": 9, "reason": "not finite", "attempt": 1})
+    recent = reader.read().blocks[0].recent
+    assert len(recent) == RECENT
+    assert (recent[-1]["event"], recent[-2]["step"]) == ("rolled_back", 2 * RECENT - 1)
+    assert reader.read().blocks[0].recent == recent
+
+
+def test_where_the_workers_logs_are(run: RunDirectory) -> None:
+    start = {"event": "run_started", "backend": "ray", "slots": 3, "pid": 7, "node": "a"}
+    reader = RunReader(run)
+    run.journal({**start, "worker_logs": "/logs"})
+    assert reader.read().worker_logs == "/logs"
+    run.journal({**start, "worker_logs": None})  # the next start has joined a cluster
+    assert reader.read().worker_logs is None
 
 
 def test_a_directory_that_is_gone(run: RunDirectory) -> None:

@@ -1,0 +1,24 @@
+"""Text that others wrote, made safe for a terminal: names, reasons and log lines may hold escape sequences."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Of ECMA-48: control sequences, such as colours; strings that end with BEL or ST, such as titles; all others.
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[PX\]^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b[ -/]*[0-~]"
+)
+# Control characters, invisible ones that reorder text, halves of surrogate pairs, line and paragraph separators.
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def plain(text: str) -> str:
+    """One line without anything that a terminal obeys; blanks of all kinds become spaces."""
+    if text.isascii() and text.isprintable():
+        return text
+    text = _ESCAPES.sub("", text)
+    text = "".join(" " if char in "\t\n\v\f\r" else char for char in text)
+    return "".join(char for char in text if unicodedata.category(char) not in _UNPRINTABLE)
