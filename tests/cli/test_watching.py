@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import assert_refused, dbtrain, unchanged
+from command import assert_refused, dbtrain, finish, start, unchanged
 
 
 def test_status_of_a_finished_run(trained_runs: Path) -> None:
@@ -45,6 +45,15 @@ def test_status_of_a_run_that_nobody_has_begun(trained_runs: Path, tmp_path: Pat
     assert (told["state"], told["driver"], told["seconds_left"]) == ("new", None, None)
     assert told["blocks"][0]["loss"] is None  # JSON has no NaN
     assert "no driver has begun it" in dbtrain("status", run).stdout
+
+
+def test_a_terminal_without_unicode(trained_runs: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained_runs / "run", place / "größer")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = finish(start("status", "größer"))
+    assert (result.code, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[1] == f"{place}/gr??er"
+    assert "#" * 20 in result.stdout
 
 
 def test_monitor_without_a_terminal_is_one_look(trained_runs: Path) -> None:
