@@ -140,7 +140,7 @@ class Jobs:
                     mend=f"{stop}; or choose another directory",
                 )
 
-    def submit(self, command: str, metadata: dict[str, str], name: str, config: str, python: str | None = None) -> str:
+    def submit(self, command: str, metadata: dict[str, str], name: str, config: str) -> str:
         """Send a job and return its submission id.
 
         Args:
@@ -148,17 +148,16 @@ class Jobs:
             metadata: of `submission.describe`.
             name: of the run, for the id.
             config: YAML.
-            python: interpreter of workers too, on all nodes; that of each node's Ray when not given.
         """
         submission_id = new_submission_id(name)
         with tempfile.TemporaryDirectory(prefix="dbtrain-job-") as folder:
             pack(Path(folder), config)
-            environment: dict[str, object] = {"working_dir": folder}
-            if python is not None:
-                environment["py_executable"] = python
             self._call(
                 lambda: self._client.submit_job(
-                    entrypoint=command, submission_id=submission_id, runtime_env=environment, metadata=metadata
+                    entrypoint=command,
+                    submission_id=submission_id,
+                    runtime_env={"working_dir": folder},
+                    metadata=metadata,
                 )
             )
         return submission_id

@@ -65,7 +65,7 @@ def test_a_baseline_is_another_run_and_each_try_another_job(server: JobServer, r
     assert beside["run"] == "small-baseline"
     job = server.jobs[beside["submission_id"]]
     assert "'/opt/my python' -- baseline config.yaml" in job["entrypoint"]
-    assert job["runtime_env"]["py_executable"] == "/opt/my python"
+    assert job["entrypoint"].startswith("DBTRAIN_WORKER_PYTHON='/opt/my python' ")
     server.jobs[first["submission_id"]]["status"] = "FAILED"
     again = dbtrain(*submit(server, recipe, "--json")).json()
     assert (again["run"], again["directory"]) == (first["run"], first["directory"])
