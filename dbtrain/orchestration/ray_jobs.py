@@ -47,6 +47,13 @@ SILENCE_PATIENCE = 60.0
 """Seconds without an answer of the job server before following a job is given up."""
 _START_PATIENCE = 120.0  # seconds that a small job may take to start on a busy cluster
 _POLL_SECONDS = 1.0
+# Loggers that tell of every upload and connection, or of a missing token before the server says what it thinks of that.
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.authentication.http_token_authentication",
+)
 _ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _NETWORK_ERRORS = (requests.exceptions.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError)
 
@@ -63,8 +70,8 @@ class Jobs:
             UserError: the URL is none of a job server, nobody answers there, or it lets in who has a token alone.
         """
         self.address = checked_url(address)
-        # It warns of a missing token before the server says what it thinks of that.
-        logging.getLogger("ray._private.authentication.http_token_authentication").setLevel(logging.ERROR)
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with self._mended():
             _probe(self.address)
             with _without_address_variables():  # Ray would prefer them to what it is told

@@ -136,7 +136,7 @@ def interpreters(python: str | None, here: bool) -> tuple[str, ...]:
 
 
 def training_command(kind: Kind, directory: str, pythons: Sequence[str], python: str | None = None) -> str:
-    """The shell's line that trains, in the folder that `pack` makes; with `python` the workers' interpreter is named."""
+    """The shell's line that trains, in the folder that `pack` makes; `python` is for the workers as well."""
     workers = "" if python is None else f"{WORKER_PYTHON}={shlex.quote(python)} "
     verb = "train" if kind == "blocks" else "baseline"
     # Ray's job server says in the environment where the cluster is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,15 @@ def test_submit_follow_stop_resume_assemble(tmp_path: Path, digits: Path) -> Non
             saved = run / f"blocks/{line['block']:02d}/checkpoints/step-{line['step']:08d}"
             assert saved.is_dir() == (line["step"] > 0)
 
-        followed = dbtrain(*submit, "--follow")
+        # Another interpreter: this one, telling what it is asked to run.
+        python, ran = tmp_path / "python", tmp_path / "ran"
+        python.write_text(f'#!/bin/sh\necho "$@" >> {ran}\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        followed = dbtrain(*submit, "--follow", "--python", python)
         assert followed.code == 0, followed
         assert f"finished: {run}" in followed.stdout
+        assert "-m dbtrain train" in ran.read_text()
+        assert "default_worker.py" in ran.read_text()
         other = dbtrain(*submit, "--set", "seed=5", "--follow", "--json")
         assert other.code == 2, other
         assert "holds another run; there -> here: seed: 0 -> 5" in other.json()["message"]
