@@ -91,11 +91,10 @@ def submit(
     jobs.check_free(name, directory)
     pythons, sent = submission.interpreters(python, here), located.to_yaml()
     submission_id = jobs.submit(
-        submission.training_command(kind, directory, pythons),
+        submission.training_command(kind, directory, pythons, python),
         submission.describe(name, directory, kind, sent, located.digest(), pythons),
         name,
         sent,
-        python,
     )
     result = {"submission_id": submission_id, "run": name, "directory": directory, "address": jobs.address}
     if follow:

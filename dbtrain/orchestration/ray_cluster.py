@@ -28,6 +28,7 @@ import ray
 
 from dbtrain.errors import RunInterrupted, UserError
 from dbtrain.orchestration.placement import Machine
+from dbtrain.orchestration.submission import WORKER_PYTHON
 
 __all__ = ["HEAD_PATIENCE", "Cluster", "connect", "ray"]  # ray as well, imported after the lines above
 
@@ -132,7 +133,7 @@ def connect(address: str | None = None) -> Cluster:
     _check_listening(address)
     try:
         with _sigterm_handler_kept():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address, runtime_env=_workers_env(), log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"cannot join a Ray cluster there: {' '.join(str(error).split())}",
@@ -141,6 +142,14 @@ def connect(address: str | None = None) -> Cluster:
             mend="if the cluster wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
         ) from error
     return Cluster(owned=False, connected=True, log_folder=None)
+
+
+def _workers_env() -> dict[str, str] | None:
+    """What the job that we may be in is to have beside its own environment."""
+    # Not told to Ray's job server: it would start its own part of the job with an interpreter that may not have Ray,
+    # and wait for that for a quarter of an hour.
+    python = os.environ.get(WORKER_PYTHON)
+    return None if python is None else {"py_executable": python}
 
 
 def _check_listening(address: str) -> None:

@@ -47,6 +47,13 @@ SILENCE_PATIENCE = 60.0
 """Seconds without an answer of the job server before following a job is given up."""
 _START_PATIENCE = 120.0  # seconds that a small job may take to start on a busy cluster
 _POLL_SECONDS = 1.0
+# Loggers that tell of every upload and connection, or of a missing token before the server says what it thinks of that.
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.authentication.http_token_authentication",
+)
 _ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _NETWORK_ERRORS = (requests.exceptions.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError)
 
@@ -63,8 +70,8 @@ class Jobs:
             UserError: the URL is none of a job server, nobody answers there, or it lets in who has a token alone.
         """
         self.address = checked_url(address)
-        # It warns of a missing token before the server says what it thinks of that.
-        logging.getLogger("ray._private.authentication.http_token_authentication").setLevel(logging.ERROR)
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with self._mended():
             _probe(self.address)
             with _without_address_variables():  # Ray would prefer them to what it is told
@@ -140,7 +147,7 @@ class Jobs:
                     mend=f"{stop}; or choose another directory",
                 )
 
-    def submit(self, command: str, metadata: dict[str, str], name: str, config: str, python: str | None = None) -> str:
+    def submit(self, command: str, metadata: dict[str, str], name: str, config: str) -> str:
         """Send a job and return its submission id.
 
         Args:
@@ -148,17 +155,16 @@ class Jobs:
             metadata: of `submission.describe`.
             name: of the run, for the id.
             config: YAML.
-            python: interpreter of workers too, on all nodes; that of each node's Ray when not given.
         """
         submission_id = new_submission_id(name)
         with tempfile.TemporaryDirectory(prefix="dbtrain-job-") as folder:
             pack(Path(folder), config)
-            environment: dict[str, object] = {"working_dir": folder}
-            if python is not None:
-                environment["py_executable"] = python
             self._call(
                 lambda: self._client.submit_job(
-                    entrypoint=command, submission_id=submission_id, runtime_env=environment, metadata=metadata
+                    entrypoint=command,
+                    submission_id=submission_id,
+                    runtime_env={"working_dir": folder},
+                    metadata=metadata,
                 )
             )
         return submission_id

@@ -26,6 +26,8 @@ CONFIG = "config.yaml"
 """Name of the configuration in the folder that is sent."""
 ACTIVE = ("PENDING", "RUNNING")
 """What Ray calls jobs that have not ended."""
+WORKER_PYTHON = "DBTRAIN_WORKER_PYTHON"
+"""Environment variable of a driver: interpreter of its workers on a cluster; that of each node's Ray without it."""
 STOPPER = "stop"
 """The kind of a job that asks another one's driver to stop."""
 
@@ -133,11 +135,12 @@ def interpreters(python: str | None, here: bool) -> tuple[str, ...]:
     return (*((sys.executable,) if here else ()), "python", "python3")
 
 
-def training_command(kind: Kind, directory: str, pythons: Sequence[str]) -> str:
-    """The shell's line that trains, in the folder that `pack` makes."""
+def training_command(kind: Kind, directory: str, pythons: Sequence[str], python: str | None = None) -> str:
+    """The shell's line that trains, in the folder that `pack` makes; `python` is for the workers as well."""
+    workers = "" if python is None else f"{WORKER_PYTHON}={shlex.quote(python)} "
     verb = "train" if kind == "blocks" else "baseline"
     # Ray's job server says in the environment where the cluster is.
-    return f'{_command(pythons, verb, CONFIG, "--run", directory)} --address "$RAY_ADDRESS"'
+    return f'{workers}{_command(pythons, verb, CONFIG, "--run", directory)} --address "$RAY_ADDRESS"'
 
 
 def stopping_command(directory: str, patience: float, pythons: Sequence[str]) -> str:

@@ -59,13 +59,21 @@ def test_what_is_sent(server: JobServer, recipe: Path, place: Path, monkeypatch:
     assert job["entrypoint"].endswith('"$RAY_ADDRESS"')  # for the shell of the job
 
 
+def test_what_a_person_sees(server: JobServer, recipe: Path, place: Path) -> None:
+    result = finish(start(*submit(server, recipe)), 60)
+    (submission_id,) = server.jobs
+    assert result.stdout == f"submitted: {submission_id}\nrun directory: {place}/runs/small\n"
+    # Nothing of the libraries' own talk.
+    assert result.stderr == f"next: dbtrain status small --address {server.url} --follow\n"
+
+
 def test_a_baseline_is_another_run_and_each_try_another_job(server: JobServer, recipe: Path, place: Path) -> None:
     first = dbtrain(*submit(server, recipe, "--json")).json()
     beside = dbtrain(*submit(server, recipe, "--baseline", "--python", "/opt/my python", "--json")).json()
     assert beside["run"] == "small-baseline"
     job = server.jobs[beside["submission_id"]]
     assert "'/opt/my python' -- baseline config.yaml" in job["entrypoint"]
-    assert job["runtime_env"]["py_executable"] == "/opt/my python"
+    assert job["entrypoint"].startswith("DBTRAIN_WORKER_PYTHON='/opt/my python' ")
     server.jobs[first["submission_id"]]["status"] = "FAILED"
     again = dbtrain(*submit(server, recipe, "--json")).json()
     assert (again["run"], again["directory"]) == (first["run"], first["directory"])
