@@ -110,7 +110,8 @@ def test_up_again_and_down(folder: Path) -> None:
         timeout=150,
         check=False,
     )
-    assert counted.stdout == "2 2.0\n", counted
+    # Before it Ray may tell of the dead node.
+    assert counted.stdout.splitlines()[-1:] == ["2 2.0"], counted
 
     mark = f"DBTRAIN_CLUSTER_NODE={folder}/"
     assert processes_with(mark)
