@@ -15,10 +15,14 @@ import pytest
 from deployment import ROOT, TOOLS, processes_with
 from local_cluster import free_port
 
+# The head takes some seconds to notice that a node has died.
 COUNT = """
-import sys, ray
+import sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-print(sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()["CPU"])
+deadline = time.monotonic() + 90
+while (alive := sum(node["Alive"] for node in ray.nodes())) > 2 and time.monotonic() < deadline:
+    time.sleep(0.2)
+print(alive, ray.cluster_resources()["CPU"])
 """
 
 
@@ -76,7 +80,7 @@ def test_nothing_to_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_up_again_and_down(folder: Path) -> None:
     gcs, jobs = free_port("127.0.0.1"), free_port("127.0.0.1")
     command = ("up", "--nodes", 2, "--port", gcs, "--dashboard-port", jobs)
@@ -103,10 +107,11 @@ def test_up_again_and_down(folder: Path) -> None:
         ["bash", "-c", f'source {folder}/env && exec "$@"', "-", TOOLS / "python", "-c", COUNT, f"127.0.0.1:{gcs}"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=150,
         check=False,
     )
-    assert counted.stdout == "2 2.0\n", counted
+    # Before it Ray may tell of the dead node.
+    assert counted.stdout.splitlines()[-1:] == ["2 2.0"], counted
 
     mark = f"DBTRAIN_CLUSTER_NODE={folder}/"
     assert processes_with(mark)
