@@ -17,15 +17,25 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
-import ray
-import requests
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobSubmissionClient, JobType
-from ray.util.state import list_nodes
-from ray.util.state.exception import RayStateApiException
-
 from dbtrain.errors import RunInterrupted, UserError
+
+try:
+    import aiohttp
+    import ray
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobDetails, JobSubmissionClient, JobType
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+except ModuleNotFoundError as error:
+    if error.name not in ("ray", "aiohttp", "requests"):
+        raise
+    raise UserError(
+        f"Ray's job client is not installed here: there is no {error.name}",
+        field="--address",
+        mend="install 'ray[default]'",
+    ) from None
+
 from dbtrain.orchestration.addresses import EXAMPLE, checked_url, is_this_machine
 from dbtrain.orchestration.submission import (
     STOPPER,

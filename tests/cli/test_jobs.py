@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,13 @@ def test_a_server_that_says_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatc
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = f"http://127.0.0.1:{mute.getsockname()[1]}"
         assert_refused(dbtrain("status", "--address", address), address, "nothing within 0.2 s")
+
+
+@pytest.mark.parametrize("missing", ["ray", "aiohttp"])  # the latter where Ray came without [default]
+def test_no_ray_here(recipe: Path, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "dbtrain.orchestration.ray_jobs")
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert_refused(dbtrain("submit", recipe, "--address", "http://head:8265"), "not installed", "ray[default]")
 
 
 def test_clusters_of_other_versions(server: JobServer, recipe: Path, place: Path) -> None:
