@@ -17,7 +17,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready-$(TORCH)
 RUNS := runs/demo
 # Two files of tests at a time: many of them wait for processes.
-AT_ONCE := --numprocesses=2 --dist=loadfile
+AT_ONCE := --numprocesses=2 --dist=loadfile --durations=20
 
 .PHONY: help setup demo test slow lint types imports bench chaos simulate pins clean
 
