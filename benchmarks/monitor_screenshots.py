@@ -1,6 +1,7 @@
 """Pictures of the web monitor in light, in dark and on a phone, as docs/img has them.
 
-    dbtrain train configs/demo/dit.yaml --run runs/dit --set checkpoints.every=100 --set resources.cpus=0.5 &
+    dbtrain train configs/demo/dit.yaml --run runs/dit --set training.steps=900 --set checkpoints.every=100 \\
+        --set logging.every=10 --set resources.cpus=0.5 &
     dbtrain monitor runs/dit --web --samples 5 &
     kill -9 ...                                                 # a worker; the page names its process
     python benchmarks/monitor_screenshots.py 'http://127.0.0.1:8090/?token=...' docs/img
