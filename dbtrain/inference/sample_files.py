@@ -100,10 +100,10 @@ def grid(
     """
     images = images[:GRID_IMAGES]
     n, height, width, channels = images.shape
-    classes = np.zeros(n, np.int64) if labels is None else labels[:n]
+    classes = np.zeros(n, np.int64) if labels is None or columns is not None else labels[:n]
     most = int(np.bincount(classes).max())
     square = math.isqrt(n - 1) + 1
-    by_class = columns is None and 1 < most < n
+    by_class = 1 < most < n
     columns = columns or (most if by_class else square)
     order = np.argsort(classes, kind="stable")
     rows = [order[classes[order] == label] for label in np.unique(classes)] if by_class else _cut(order, columns)

@@ -81,6 +81,11 @@ def test_without_classes_a_square() -> None:
         assert _shades(grid(_flat([1, 2, 3, 4, 5]), labels), 72, 40) == [[1, 2, 3], [4, 5, 255]]
 
 
+def test_rows_of_so_many_keep_the_order() -> None:
+    sheet = grid(_flat([1, 2, 3, 4, 5]), np.array([1, 0, 1, 0, 1]), columns=4)
+    assert _shades(sheet, 72, 40) == [[1, 2, 3, 4], [5, 255, 255, 255]]
+
+
 def test_colour_and_size() -> None:
     images = _flat([9], side=100, channels=3)
     images[..., 1] = 77

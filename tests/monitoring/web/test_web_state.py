@@ -70,3 +70,12 @@ def test_blocks_that_wait_count_for_what_is_left(family_config: FamilyConfig, tm
     for block in view.blocks:
         block.state, block.step = BlockState.FINISHED, block.total
     assert seconds_left(view) == 0
+
+
+def test_a_new_worker_after_a_lost_one_is_restarting(family_config: FamilyConfig, tmp_path: Path) -> None:
+    config = family_config("vit")
+    view = _view(config, tmp_path / "run", 2)
+    for block, reason in zip(view.blocks, (None, "its process is gone"), strict=True):
+        block.state, block.reason = BlockState.STARTING, reason
+    state = json.loads(encode_state(view, config, 0.0))
+    assert [block["state"] for block in state["blocks"]] == ["starting", "restarting"]
