@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from small_families import is_text, raw_config
 # One thread a process, as in the runs: two cores carry several workers, and float sums depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import dbtrain.orchestration  # noqa: F401, sets what Ray reads when some test imports it
 from dbtrain.config import RunConfig
 from dbtrain.config_file import parse_config
 from dbtrain.data.prepare import prepare
 
+# Tests that are started in the background of a shell ignore Ctrl-C, and so would every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # No test asserts a time: machines that test are busy.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import ray
+
 from dbtrain.config import RunConfig
 from dbtrain.orchestration.backend import Clock
 from dbtrain.orchestration.events import Node, StartWorker, WorkerEvent
 from dbtrain.orchestration.placement import check_room, room
-from dbtrain.orchestration.ray_cluster import connect, ray
+from dbtrain.orchestration.ray_cluster import connect
 from dbtrain.orchestration.ray_group import WorkerGroup
 from dbtrain.orchestration.ray_worker import BlockWorker
 from dbtrain.plan import Plan

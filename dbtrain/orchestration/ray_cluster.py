@@ -15,22 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Read by Ray when it is imported. Workers shall run in the driver's own environment, also under `uv run`; and
-# that a worker died is told by the coordinator, not by a line on standard output.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault(
-    "RAY_DEDUP_LOGS_SKIP_REGEX",
-    "^(A worker died or was killed while executing|Raylet is terminated|The node with node id|A raylet|"
-    "The autoscaler|Warning: The following resource request|There are tasks with infeasible|.*killed due to memory)",
-)
-
 import ray
 
 from dbtrain.errors import RunInterrupted, UserError
 from dbtrain.orchestration.placement import Machine
 from dbtrain.orchestration.submission import WORKER_PYTHON
-
-__all__ = ["HEAD_PATIENCE", "Cluster", "connect", "ray"]  # ray as well, imported after the lines above
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing of size goes through it; Ray's least is 75 MiB
 _CONNECT_TIMEOUT = 5.0  # seconds

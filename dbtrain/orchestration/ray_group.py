@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from dbtrain.orchestration.backend import Clock
 from dbtrain.orchestration.events import WorkerAlive, WorkerDied, WorkerEvent, WorkerStarted
-from dbtrain.orchestration.ray_cluster import ray
 from dbtrain.orchestration.ray_worker import Place
 from dbtrain.orchestration.session import Outcome, event_of
 

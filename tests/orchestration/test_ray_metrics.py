@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from dbtrain.config import RunConfig
 from dbtrain.orchestration import ray_metrics
 from dbtrain.orchestration.driver import Snapshot
-from dbtrain.orchestration.ray_cluster import Cluster, connect, ray
+from dbtrain.orchestration.ray_cluster import Cluster, connect
 from dbtrain.orchestration.ray_metrics import GAUGES, RayMetrics
 from dbtrain.orchestration.run import train_run
 from dbtrain.orchestration.state import BlockState, BlockStatus

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from run_journal import events
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
 from dbtrain.orchestration.driver import Snapshot
-from dbtrain.orchestration.ray_cluster import Cluster, connect, ray
+from dbtrain.orchestration.ray_cluster import Cluster, connect
 from dbtrain.orchestration.run import train_run
 from dbtrain.orchestration.state import LIVE, BlockState, BlockStatus
 from dbtrain.orchestration.stopping import StopToken

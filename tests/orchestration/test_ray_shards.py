@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 from object_store import ObjectStore
 
 from dbtrain.config import RunConfig
-from dbtrain.orchestration.ray_cluster import connect, ray
+from dbtrain.orchestration.ray_cluster import connect
 from dbtrain.orchestration.run import train_run
 
 
