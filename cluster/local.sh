@@ -39,6 +39,7 @@ runs() {
 
 prepare_folder() {
   # Sockets get names of some 65 letters below the folder, and the system takes 107.
+  [[ $folder == /* ]] || die 2 "DBTRAIN_LOCAL_CLUSTER=$folder is not an absolute path"
   ((${#folder} <= 40)) || die 2 "the path $folder is too long for Ray's sockets; set DBTRAIN_LOCAL_CLUSTER to a shorter one"
   (umask 077 && mkdir -p "$folder")
   [[ -O $folder ]] || die 2 "$folder belongs to somebody else; set DBTRAIN_LOCAL_CLUSTER to a folder of yours"
@@ -84,8 +85,10 @@ end_node() {
   pids=$(processes "$number")
   if [[ -n $pids ]]; then
     echo "ending node $number"
-    # `ray start --block` takes its processes along.
-    kill "$(cat "$folder/$number.pid")" 2>/dev/null || true
+    # `ray start --block` takes its processes along. Where it has died, somebody else may have its number.
+    if runs "$number"; then
+      kill "$(cat "$folder/$number.pid")" 2>/dev/null || true
+    fi
     deadline=$((SECONDS + stop_seconds))
     while pids=$(processes "$number") && [[ -n $pids ]]; do
       if ((SECONDS >= deadline)); then
@@ -99,7 +102,8 @@ end_node() {
 }
 
 known_nodes() {
-  find "$folder" -maxdepth 1 -name '*.pid' -printf '%f\n' 2>/dev/null | sed 's/\.pid$//' | sort --numeric-sort
+  find "$folder" -maxdepth 1 -name '[0-9]*.pid' -printf '%f\n' 2>/dev/null | sed -n 's/^\([0-9]*\)\.pid$/\1/p' |
+    sort --numeric-sort
 }
 
 up() {
@@ -180,7 +184,9 @@ case $verb in
   status) status ;;
   down)
     down_nodes
-    rm -rf -- "$folder"
+    # Whatever else lies there is not ours.
+    rm -f -- "$folder/token" "$folder/env" "$folder/address"
+    rmdir -- "$folder" 2>/dev/null || true
     echo "no node is left"
     ;;
   *) die 2 "say up, status or down" ;;

@@ -26,8 +26,9 @@ class JobServer:
         self.head_ip = "127.0.0.1"
         self.jobs: dict[str, dict[str, Any]] = {}
         """Details by submission id."""
-        self.log: dict[str, list[list[str]]] = {}
-        """By submission id: for each connection what it is told before it breaks; the last one is not broken."""
+        self.log: dict[str, list[list[str | None]]] = {}
+        """By submission id: for each connection what it is told before it breaks; the last one is not broken. One that
+        is told None hears nothing more."""
         self.answer: web.Response | None = None
         """Given to everything, instead of what there is."""
         self.requests: list[str] = []
@@ -150,7 +151,7 @@ class JobServer:
         return web.json_response({"stopped": True})
 
     async def _logs(self, request: web.Request) -> web.Response:
-        return web.json_response({"logs": "".join(self.log[request.match_info["id"]][-1])})
+        return web.json_response({"logs": "".join(filter(None, self.log[request.match_info["id"]][-1]))})
 
     async def _tail(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["id"]
@@ -158,6 +159,10 @@ class JobServer:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         for text in parts[0]:
+            if text is None:
+                del parts[0]
+                await socket.receive()  # until it is closed from there
+                return socket
             await socket.send_str(text)
         if len(parts) > 1:
             del parts[0]

@@ -56,6 +56,7 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert len(rows) == 6
     assert all(row in said["compare"] for row in rows)
     assert "3 finished" in said["status"]
+    assert "3 finished" in said["monitor"]  # one look, as this is no terminal
     assert "digit-" in said["predict"]
     report = (tmp_path / "runs/mine/report.html").read_text()
     assert "mine-baseline" in report

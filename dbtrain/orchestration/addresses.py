@@ -30,6 +30,8 @@ def checked_url(address: str) -> str:
             parts = urlsplit(address)
             if not parts.hostname or parts.port == 0 or rest != rest.strip():
                 problem = "names no host"
+            else:
+                parts.hostname.encode("idna")  # as what resolves it will, which fails with an error of its own
         except ValueError as error:
             problem = f"is not a URL: {error}"
     if problem is not None:

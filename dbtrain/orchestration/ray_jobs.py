@@ -55,6 +55,7 @@ OLDEST_RAY = (2, 60)
 _CONNECT_TIMEOUT = 10.0  # seconds
 SILENCE_PATIENCE = 60.0
 """Seconds without an answer of the job server before following a job is given up."""
+_QUIET_SECONDS = 60.0  # without a line of the log, before a connection is taken for dead and made anew
 _START_PATIENCE = 120.0  # seconds that a small job may take to start on a busy cluster
 _POLL_SECONDS = 1.0
 # Loggers that tell of every upload and connection, or of a missing token before the server says what it thinks of that.
@@ -203,7 +204,8 @@ class Jobs:
                 silent_since = None
             except (RuntimeError, UserError, *_NETWORK_ERRORS) as error:
                 now = time.monotonic()
-                silent_since = now if silent_since is None else silent_since
+                if silent_since is None or log.heard > silent_since:  # what broke now had worked since
+                    silent_since = now
                 if now - silent_since > SILENCE_PATIENCE:
                     raise RunInterrupted(
                         f"the cluster at {self.address} does not answer any more: {_reason(error)}; once it is back, "
@@ -251,7 +253,12 @@ class Jobs:
 
     async def _tail(self, submission_id: str, log: _Log) -> None:
         position = 0
-        async for text in self._client.tail_job_logs(submission_id):
+        parts = self._client.tail_job_logs(submission_id)
+        while True:
+            try:
+                text = await asyncio.wait_for(anext(parts), _QUIET_SECONDS)
+            except (StopAsyncIteration, TimeoutError):
+                return
             log.add_from(position, text)
             position += len(text)
 
@@ -285,9 +292,12 @@ class _Log:
     def __init__(self, write: Callable[[str], None]):
         self._write = write
         self._told = 0
+        self.heard = 0.0
+        """When text came last, known already or not, on the monotonic clock."""
 
     def add_from(self, position: int, text: str) -> None:
         """Take the text that begins at character `position` of the log."""
+        self.heard = time.monotonic()
         new = text[max(0, self._told - position) :]
         if new:
             self._write(new)

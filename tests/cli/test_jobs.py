@@ -131,6 +131,7 @@ def test_data_for_a_cluster_elsewhere(server: JobServer, recipe: Path) -> None:
         ("ftp://head", "http or https"),
         ("http://", "names no host"),
         ("http://head:port", "is not a URL"),
+        ("http://head..net:8265", "is not a URL"),
         ("http://127.0.0.1:1", "no job server answers there: Connection refused"),
     ],
 )
@@ -187,7 +188,7 @@ def test_status_of_runs(server: JobServer) -> None:
     server.add("one", "FAILED")
     server.jobs["one"]["message"] = "failed, last logs:\nx\n\x1b[31mdbtrain: --run: [b]other[/b]\n"
     server.add("two")
-    server.add("three", run="vit-baseline", directory="/shared/[b]\x1b[31mother")
+    server.add("three", run="vit-baseline", directory="/shared/[b]\x1b[31mother", interpreters="no JSON")
     server.add("stopper", kind="stop")
     server.jobs["driver"] = server.jobs["one"] | {"type": "DRIVER", "submission_id": None}
     server.jobs["strange"] = server.jobs["one"] | {"submission_id": "strange", "metadata": {"owner": "somebody"}}
@@ -211,6 +212,23 @@ def test_a_log_is_followed_over_a_broken_connection(server: JobServer) -> None:
     result = dbtrain("status", "vit", "--address", server.url, "--follow")
     assert (result.code, result.stdout) == (0, "first\nsecond\nthird\n")
     assert "one: succeeded" in result.stderr
+
+
+def test_connections_that_bring_something_are_no_silence(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whatever is between may end each connection after a while; the job is followed for longer than the patience.
+    monkeypatch.setattr(ray_jobs, "SILENCE_PATIENCE", 0.0)
+    server.add("one")
+    server.log["one"] = [["line\n"]] * 5
+    result = dbtrain("status", "one", "--address", server.url, "--follow")
+    assert (result.code, result.stdout) == (0, "line\n")
+
+
+def test_a_connection_that_died_unnoticed_is_made_anew(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "_QUIET_SECONDS", 0.2)
+    server.add("one")
+    server.log["one"] = [["first\n", None], ["first\n", "second\n"]]
+    result = dbtrain("status", "one", "--address", server.url, "--follow")
+    assert (result.code, result.stdout) == (0, "first\nsecond\n")
 
 
 @pytest.mark.parametrize(("status", "exit_code", "code"), [("FAILED", 1, 1), ("FAILED", 2, 2), ("STOPPED", None, 1)])

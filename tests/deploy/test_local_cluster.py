@@ -65,6 +65,16 @@ def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
     assert not (tmp_path / "cluster").exists()
 
 
+def test_down_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    # Whoever names a folder of theirs, such as their home, gets it back as it was.
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos.pid").write_text("1")
+    (tmp_path / "token").write_text("t")
+    done = local_sh(tmp_path, "down")
+    assert (done.returncode, done.stdout) == (0, "no node is left\n"), done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "photos.pid"}
+
+
 def test_a_path_too_long_for_sockets(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 10)
     done = local_sh(folder, "up")
