@@ -24,6 +24,7 @@ from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
 from dbtrain.model_config import CausalLMConfig
 from dbtrain.models.pretrained import HEAD
+from dbtrain.monitoring_config import MonitoringConfig
 from dbtrain.run_directory import TOKENIZER
 from dbtrain.storage import LocalStorage, temporary_name
 
@@ -109,12 +110,12 @@ def export(
 
 
 def public(config: RunConfig) -> RunConfig:
-    """The configuration without what it tells of its machine: folders of the data, and where a checkpoint lay."""
+    """The configuration without what it tells of machine and user: where data and a checkpoint lay, who was told."""
     data = config.data.model_copy(update={"path": None, "cache": None})
     model, pretrained = config.model, getattr(config.model, "pretrained", None)
     if pretrained is not None:
         model = model.model_copy(update={"pretrained": Path(pretrained).name})
-    return config.model_copy(update={"data": data, "model": model})
+    return config.model_copy(update={"data": data, "model": model, "monitoring": MonitoringConfig()})
 
 
 def _own_weights(model: AssembledModel) -> dict[str, Tensor]:

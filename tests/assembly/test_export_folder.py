@@ -124,12 +124,15 @@ def test_an_evaluation_is_remembered(classifier: RunDirectory, digits: Path) -> 
 
 
 def test_nothing_tells_of_the_machine(family_config: FamilyConfig, tmp_path: Path) -> None:
-    """Where data and cache lie is nobody's business; what the run was is all there."""
-    cache = tmp_path / "cache"
-    run = finished_run(family_config("vit", training={"steps": 1}, data={"cache": str(cache)}), tmp_path / "run")
+    """Where data and cache lie, and whom the run told, is nobody's business; what the run was is all there."""
+    cache, told = tmp_path / "cache", {"wandb_entity": "somebody"}
+    config = family_config("vit", training={"steps": 1}, data={"cache": str(cache)}, monitoring=told)
+    run = finished_run(config, tmp_path / "run")
     export(model_of(run), tmp_path / "out")
     for name in ("README.md", "config.json"):
-        assert "/" not in (tmp_path / "out" / name).read_text().replace("path/to/this/folder", "")
+        text = (tmp_path / "out" / name).read_text()
+        assert "/" not in text.replace("path/to/this/folder", "")
+        assert "somebody" not in text
     recipe = yaml.safe_load((tmp_path / "out" / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0])
     assert parse_config(recipe).identity() == run.config.identity()
     assert load_model(str(tmp_path / "out")).config.digest() == run.plan.config_sha256
