@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dbtrain.monitoring.lines import is_count, is_time
+
 Line = dict[str, Any]
 
 
@@ -124,7 +126,7 @@ def _node(name: str) -> str:
 def _reached(index: int, own: BlockLines, events: Sequence[Line], time: float) -> int:
     """Steps of the block that were told of by then, by its worker or by the driver."""
     told = [line for line in own.metrics if line["time"] <= time]
-    journal = [line for line in events if line.get("block") == index and _counts(line.get("step"))]
+    journal = [line for line in events if line.get("block") == index and is_count(line.get("step"))]
     return max((int(last[-1]["step"]) for last in (told, journal) if last), default=0)
 
 
@@ -143,23 +145,15 @@ def _nodes(event: Line) -> dict[str, Any]:
 
 def told(lines: Sequence[Line]) -> list[Line]:
     """Those of a block's lines that have a time and a step."""
-    return [line for line in lines if _is_time(line.get("time")) and _counts(line.get("step"))]
+    return [line for line in lines if is_time(line.get("time")) and is_count(line.get("step"))]
 
 
 def is_event(line: Line, blocks: int) -> bool:
     """Whether it is a line of the journal of a run of so many blocks."""
     block = line.get("block", 0)
-    known = isinstance(line.get("event"), str) and _is_time(line.get("time"))
-    return known and _counts(block) and 0 <= block < blocks
+    known = isinstance(line.get("event"), str) and is_time(line.get("time"))
+    return known and is_count(block) and block < blocks
 
 
 def _rolls_back(line: Line) -> bool:
-    return line.get("event") == "rolled_back" and _counts(line.get("from_step"))
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e11
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return line.get("event") == "rolled_back" and is_count(line.get("from_step"))

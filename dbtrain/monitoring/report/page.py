@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ def _coded(text: str) -> Markup:
 
 def _tiles(report: Report) -> list[Tile]:
     ours, theirs, whole = report.ours, report.theirs, report.whole
-    steps = sum(block.step for block in ours.view.blocks) / sum(block.total for block in ours.view.blocks)
-    found = [Tile("state", str(ours.view.state), f"{steps:.0%} of the steps")]
+    # Rounded down: all of them is said of all alone.
+    found = [Tile("state", str(ours.view.state), f"{math.floor(100 * ours.view.fraction)}% of the steps")]
     if ours.evaluation is not None:
         note = f"{ours.evaluation.split}, {ours.evaluation.metric.better} is better"
         if theirs is not None and theirs.evaluation is not None:
