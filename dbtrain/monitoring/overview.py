@@ -59,7 +59,8 @@ def _progress(look: Look) -> Text:
     view = look.view
     counts = Counter(block.state for block in view.blocks)
     states = ", ".join(f"{counts[state]} {state}" for state in BlockState if counts[state])
-    text = f"{bar(view.fraction, _BAR, look.glyphs)} {math.floor(100 * view.fraction)}%, {len(view.blocks)} blocks: {states}"
+    share = f"{bar(view.fraction, _BAR, look.glyphs)} {math.floor(100 * view.fraction)}%"
+    text = f"{share}, {len(view.blocks)} blocks: {states}"
     slowest = max((b for b in view.blocks if b.running), key=view.seconds_left, default=None)
     if slowest is not None and math.isfinite(view.seconds_left(slowest)):
         text += f"; slowest: block {slowest.index}, {duration(view.seconds_left(slowest))} left"

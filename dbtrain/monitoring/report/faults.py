@@ -60,13 +60,14 @@ def faults(journal: Sequence[Line], blocks: Sequence[BlockLines]) -> list[Fault]
         kind, earlier = event["event"], events[:position]
         if kind == "run_started":
             if nodes is not None:
-                found.append(_started_again(earlier, event, _next_start(events[position + 1 :]), blocks))
+                found.append(_started_again(earlier, event, events[position + 1 :], blocks))
             nodes = _nodes(event)
         elif kind == "nodes_changed":
             found += _node_changes(event["time"], nodes or {}, _nodes(event))
             nodes = _nodes(event)
         elif kind in _TROUBLES and "block" in event:
-            own, until = blocks[event["block"]], _next_start(events[position:])
+            # Of a worker that was lost before it was ready to train, the next one tells what that cost.
+            own, until = blocks[event["block"]], _next_start(events[position + 1 :], event["block"])
             found.append(_trouble(_TROUBLES[kind], [*earlier, event], own, until))
     return sorted(found, key=lambda fault: fault.time)
 
@@ -85,7 +86,7 @@ def _trouble(kind: str, events: Sequence[Line], own: BlockLines, until: float) -
     return Fault(event["time"], kind, event["block"], str(event.get("reason") or "-"), reached, lost, seconds)
 
 
-def _started_again(before: Sequence[Line], event: Line, until: float, blocks: Sequence[BlockLines]) -> Fault:
+def _started_again(before: Sequence[Line], event: Line, later: Sequence[Line], blocks: Sequence[BlockLines]) -> Fault:
     """Another driver took over the run."""
     last = before[-1]
     if last["event"] == "run_ended":
@@ -99,7 +100,7 @@ def _started_again(before: Sequence[Line], event: Line, until: float, blocks: Se
         reason = "the driver before was gone without a word"
     lost, first = 0, math.inf
     for index, own in enumerate(blocks):
-        after = _first_ready(own, event["time"], until)
+        after = _first_ready(own, event["time"], _next_start(later, index))
         if after is not None:
             lost += max(0, _reached(index, own, before, event["time"]) - int(after["step"]))
             first = min(first, after["time"])
@@ -134,8 +135,14 @@ def _first_ready(own: BlockLines, since: float, until: float) -> Line | None:
     return next((line for line in own.workers if since <= line["time"] < until), None)
 
 
-def _next_start(events: Sequence[Line]) -> float:
-    return next((float(event["time"]) for event in events if event["event"] == "run_started"), math.inf)
+def _next_start(events: Sequence[Line], block: int) -> float:
+    """When another driver began, or `block` lost its worker once more."""
+    for event in events:
+        if event["event"] == "run_started":
+            return float(event["time"])
+        if event["event"] == "block_restarting" and event.get("block") == block:
+            return float(event["time"])
+    return math.inf
 
 
 def _nodes(event: Line) -> dict[str, Any]:
