@@ -41,7 +41,8 @@ def monitor(
         ("--samples", samples, None),
     ):
         if value != usual:
-            raise UserError("goes with --web alone", field=option, value=value, mend="add --web, or leave it out")
+            said = None if option == "--token" else value  # which is nobody's business who reads along
+            raise UserError("goes with --web alone", field=option, value=said, mend="add --web, or leave it out")
     if as_json:
         show_status(run, as_json)
         return
