@@ -7,8 +7,10 @@ from typing import Any
 
 from dbtrain.errors import UserError
 from dbtrain.inference.evaluation import Evaluation
-from dbtrain.orchestration.state import BlockState
 from dbtrain.run_directory import RunDirectory
+
+_TRAINS_ON = {"block_rolled_back", "block_waiting", "block_slow", "block_scaled", "block_leaving"}
+"""What the journal tells of a block whose worker does not end with that."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,7 @@ def driven_seconds(events: list[dict[str, Any]], heard_at: float | None = None) 
             workers.clear()
         elif kind == "block_running":
             workers[event["block"]] = time
-        # What is told of a worker that trains on, such as a roll-back, is no state.
-        elif kind.removeprefix("block_") in set(BlockState) and event.get("block") in workers:
+        elif kind not in _TRAINS_ON and event.get("block") in workers:
             work += time - workers.pop(event["block"])
         last = time
     if run_since is not None:  # the last driver died, or is at work
