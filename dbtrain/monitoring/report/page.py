@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import re
 import shlex
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 import dbtrain
+from dbtrain.monitoring.plain_text import without_keys
 from dbtrain.monitoring.report import charts, tables
 from dbtrain.monitoring.report.faults import survived
 from dbtrain.monitoring.report.gather import Report, Side
@@ -21,7 +21,6 @@ from dbtrain.plan import BlockPlan, human_bytes
 
 _UNSHOWN = {code: "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(code) not in "\n\t"}
 """Control characters, which HTML does not know; workers may write them."""
-_KEYS = re.compile(r"://[^/@\s<>&]+@")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def render(report: Report) -> bytes:
     environment.filters["coded"] = _coded
     environment.globals |= {"tables": tables, "charts": charts, "version": dbtrain.__version__}
     workers = _workers(report)
-    page = environment.from_string(folder.joinpath("report.html").read_text(encoding="utf-8")).render(
+    page: str = environment.from_string(folder.joinpath("report.html").read_text(encoding="utf-8")).render(
         report=report,
         ours=report.ours,
         theirs=report.theirs,
@@ -56,7 +55,7 @@ def render(report: Report) -> bytes:
         png=_data_uri(report),
     )
     # Keys in an address are nobody's business who reads the page.
-    page = _KEYS.sub("://", page)
+    page = without_keys(page)
     # A worker's reason may hold half a surrogate pair, which UTF-8 cannot.
     return page.translate(_UNSHOWN).encode("utf-8", "replace")
 

@@ -10,6 +10,7 @@ from typing import Any
 from dbtrain.config import RunConfig
 from dbtrain.model_config import MaskedLMConfig
 from dbtrain.monitoring.curve import Curve
+from dbtrain.monitoring.plain_text import without_keys
 from dbtrain.monitoring.run_view import BlockView, Mark, Notice, RunView
 from dbtrain.orchestration.state import BlockState
 from dbtrain.plan import BlockPlan
@@ -133,7 +134,10 @@ def _total(rates: Iterable[float]) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers to 6 significant digits, times and counts as they are, and null for what JSON cannot say."""
+    """Numbers to 6 significant digits, times and counts as they are, null for what JSON cannot say, and
+    no keys in addresses."""
+    if isinstance(value, str):
+        return without_keys(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

@@ -79,3 +79,11 @@ def test_a_new_worker_after_a_lost_one_is_restarting(family_config: FamilyConfig
         block.state, block.reason = BlockState.STARTING, reason
     state = json.loads(encode_state(view, config, 0.0))
     assert [block["state"] for block in state["blocks"]] == ["starting", "restarting"]
+
+
+def test_keys_in_addresses_are_not_told(family_config: FamilyConfig, tmp_path: Path) -> None:
+    config = family_config("vit")
+    view = _view(config, tmp_path / "run", 1)
+    view.uri = "s3://KEY:SECRET@bucket/run"
+    view.blocks[0].reason = f"cannot write {view.uri}: away"
+    assert b"SECRET" not in encode_state(view, config, 0.0)
