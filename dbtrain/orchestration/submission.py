@@ -7,6 +7,7 @@ the user has. Nothing of the user's own folders travels: data and checkpoints ar
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shlex
 import shutil
@@ -19,7 +20,6 @@ from pathlib import Path
 import dbtrain
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
-from dbtrain.monitoring.plain_text import plain
 from dbtrain.plan import Kind
 
 CONFIG = "config.yaml"
@@ -35,6 +35,8 @@ _RUN, _DIRECTORY, _KIND, _VERSION = "dbtrain.run", "dbtrain.directory", "dbtrain
 _SHA256, _CONFIG, _INTERPRETERS = "dbtrain.config_sha256", "dbtrain.config", "dbtrain.interpreters"
 _SCRIPT = "dbtrain/orchestration/job.sh"
 _SHARE = "an absolute path on a file system that all its nodes share, or a URI such as s3://bucket"
+# Sequences that colour or move, and other characters that do not print.
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,7 @@ def facts_of(
     """What Ray tells of a job, times in milliseconds since 1970; None where it is no job of ours."""
     if _RUN not in metadata:
         return None
-    # Whoever reaches the cluster wrote it; the configuration has lines.
-    said = {key: "\n".join(map(plain, text.split("\n"))) for key, text in metadata.items()}
+    said = {key: _CONTROL.sub("", text) for key, text in metadata.items()}  # whoever reaches the cluster wrote it
     return JobFacts(
         submission_id=submission_id,
         run=said[_RUN],
@@ -219,6 +220,6 @@ def tries_of(jobs: Iterable[JobFacts], run: str | None) -> list[JobFacts]:
 
 def last_words(message: str) -> str:
     """The line of a job's message that says most: dbtrain's own last one, or else the first."""
-    lines = [line for raw in message.splitlines() if (line := " ".join(plain(raw).split()))]
+    lines = [line for raw in message.splitlines() if (line := " ".join(_CONTROL.sub("", raw).split()))]
     ours = [line.removeprefix("dbtrain: ") for line in lines if line.startswith("dbtrain: ")]
     return (ours[-1:] or lines[:1] or [""])[0]

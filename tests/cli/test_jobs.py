@@ -187,7 +187,7 @@ def test_status_of_runs(server: JobServer) -> None:
     server.add("one", "FAILED")
     server.jobs["one"]["message"] = "failed, last logs:\nx\n\x1b[31mdbtrain: --run: [b]other[/b]\n"
     server.add("two")
-    server.add("three", run="vit-baseline", directory="/shared/[b]\x1b[31m\x1b]0;title\x07\u202eother")
+    server.add("three", run="vit-baseline", directory="/shared/[b]\x1b[31mother")
     server.add("stopper", kind="stop")
     server.jobs["driver"] = server.jobs["one"] | {"type": "DRIVER", "submission_id": None}
     server.jobs["strange"] = server.jobs["one"] | {"submission_id": "strange", "metadata": {"owner": "somebody"}}
