@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from dbtrain.monitoring.run_view import RunView
     from dbtrain.run_directory import RunDirectory
 
-_OFTENEST, _SELDOMEST = 0.1, 3600.0  # seconds
+_OFTENEST, _USUAL, _SELDOMEST = 0.1, 1.0, 3600.0  # seconds
 
 
 def monitor(
     run: RunPath,
-    every: Annotated[float, typer.Option("--every", metavar="SECONDS", help="Between two looks.")] = 1.0,
+    every: Annotated[
+        float, typer.Option("--every", metavar="SECONDS", help="Between two looks, in the terminal.")
+    ] = _USUAL,
     web: Annotated[bool, typer.Option("--web", help="As a page for the browser.")] = False,
     port: Port = PORT,
     bind: Bind = LOOPBACK,
@@ -32,6 +34,9 @@ def monitor(
 ) -> None:
     """Watch a run live, in the terminal (? lists the keys, q leaves) or in a browser; its directory is only read."""
     if web:
+        if every != _USUAL:
+            mend = "leave it out: the page looks once a second"
+            raise UserError("does not go with --web", field="--every", value=every, mend=mend)
         serve_web(run, port, bind, token, samples, as_json)
         return
     for option, value, usual in (
@@ -41,7 +46,8 @@ def monitor(
         ("--samples", samples, None),
     ):
         if value != usual:
-            raise UserError("goes with --web alone", field=option, value=value, mend="add --web, or leave it out")
+            said = None if option == "--token" else value  # which is nobody's business who reads along
+            raise UserError("goes with --web alone", field=option, value=said, mend="add --web, or leave it out")
     if as_json:
         show_status(run, as_json)
         return

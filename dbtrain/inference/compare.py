@@ -9,6 +9,9 @@ from dbtrain.errors import UserError
 from dbtrain.inference.evaluation import Evaluation
 from dbtrain.run_directory import RunDirectory
 
+_TRAINS_ON = {"block_rolled_back", "block_waiting", "block_slow", "block_scaled", "block_leaving"}
+"""What the journal tells of a block whose worker does not end with that."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -81,8 +84,12 @@ def compare(run: RunDirectory, ours: Evaluation, baseline: RunDirectory, theirs:
     return {"metric": asdict(ours.metric), "run": asdict(side(run, ours)), "baseline": asdict(side(baseline, theirs))}
 
 
-def driven_seconds(events: list[dict[str, Any]]) -> tuple[float, float]:
-    """Wall time of the run and time of its workers, from the journal: all starts together."""
+def driven_seconds(events: list[dict[str, Any]], heard_at: float | None = None) -> tuple[float, float]:
+    """Wall time of the run and time of its workers, from the journal: all starts together.
+
+    A driver that is at work, or died, counts until its last line, or until `heard_at` (seconds since 1970) where
+    something else of the run is newer.
+    """
     wall = work = last = 0.0
     run_since: float | None = None
     workers: dict[int, float] = {}
@@ -101,10 +108,11 @@ def driven_seconds(events: list[dict[str, Any]]) -> tuple[float, float]:
             workers.clear()
         elif kind == "block_running":
             workers[event["block"]] = time
-        elif "block" in event and event["block"] in workers:
+        elif kind not in _TRAINS_ON and event.get("block") in workers:
             work += time - workers.pop(event["block"])
         last = time
     if run_since is not None:  # the last driver died, or is at work
+        last = max(last, heard_at or last)
         wall += last - run_since
         work += sum(last - since for since in workers.values())
     return wall, work

@@ -31,13 +31,49 @@ class Frame:
     """Why the run directory cannot be read just now; the view is what was read last."""
 
 
+class Looker:
+    """Looks at a run now and then. Its directory may be away for a time, and come back as another run."""
+
+    def __init__(self, run: RunDirectory):
+        self._reader = RunReader(run)
+        self._stale = False
+
+    @property
+    def run(self) -> RunDirectory:
+        """The one that was there at the last look, or before."""
+        return self._reader.run
+
+    @property
+    def view(self) -> RunView:
+        """As it was read last."""
+        return self._reader.view
+
+    def look(self) -> str | None:
+        """Read what is new; why that cannot be done just now, in one line, or None."""
+        try:
+            # What was away may come back as another run, with other lines.
+            if self._stale and self.run.storage.exists(""):
+                self._reader = RunReader(RunDirectory.open(self.run.uri))
+            self._reader.read()
+        except FileNotFoundError:
+            problem = "the directory is not there any more"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        except UserError as error:
+            problem = error.problem
+        else:
+            self._stale = False
+            return None
+        self._stale = True
+        return " ".join(problem.split())
+
+
 class Follower:
     """Reads a run every so many seconds while it is entered."""
 
     def __init__(self, run: RunDirectory, every: float):
-        self._reader = RunReader(run)
+        self._looker = Looker(run)
         self._every = every
-        self._stale = False
         self._over = threading.Event()
         self._error: BaseException | None = None
         self._frame = self._look()
@@ -81,20 +117,8 @@ class Follower:
             os.write(self._bell, b".")
 
     def _look(self) -> Frame:
-        problem = None
-        try:
-            # What was away may come back as another run, with other lines.
-            if self._stale and self._reader.run.storage.exists(""):
-                self._reader = RunReader(RunDirectory.open(self._reader.run.uri))
-            self._reader.read()
-            self._stale = False
-        except FileNotFoundError:
-            problem, self._stale = "the directory is not there any more", True
-        except OSError as error:
-            problem, self._stale = error.strerror or str(error), True
-        except UserError as error:
-            problem, self._stale = error.problem, True
-        return Frame(_copied(self._reader.view), time.time(), problem)
+        problem = self._looker.look()
+        return Frame(_copied(self._looker.view), time.time(), problem)
 
 
 def _copied(view: RunView) -> RunView:

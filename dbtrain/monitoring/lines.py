@@ -31,6 +31,16 @@ class LineFollower:
         return [record for line in whole.splitlines() if (record := _parse(line)) is not None]
 
 
+def is_time(value: object) -> bool:
+    """Whether it is a time in seconds since 1970 that a calendar has."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e11
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number from 0 on that a float can hold, such as a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)

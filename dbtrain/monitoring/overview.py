@@ -57,19 +57,14 @@ def _times(view: RunView, now: float) -> str:
 
 def _progress(look: Look) -> Text:
     view = look.view
-    fraction = overall_fraction(view)
     counts = Counter(block.state for block in view.blocks)
     states = ", ".join(f"{counts[state]} {state}" for state in BlockState if counts[state])
-    text = f"{bar(fraction, _BAR, look.glyphs)} {math.floor(100 * fraction)}%, {len(view.blocks)} blocks: {states}"
+    share = f"{bar(view.fraction, _BAR, look.glyphs)} {math.floor(100 * view.fraction)}%"
+    text = f"{share}, {len(view.blocks)} blocks: {states}"
     slowest = max((b for b in view.blocks if b.running), key=view.seconds_left, default=None)
     if slowest is not None and math.isfinite(view.seconds_left(slowest)):
         text += f"; slowest: block {slowest.index}, {duration(view.seconds_left(slowest))} left"
     return Text(text)
-
-
-def overall_fraction(view: RunView) -> float:
-    """Share of all steps of all blocks that are done."""
-    return sum(min(max(block.fraction, 0.0), 1.0) for block in view.blocks) / len(view.blocks)
 
 
 def troubles(view: RunView, now: float) -> list[str]:

@@ -1,9 +1,10 @@
-"""Text that others wrote, made safe for a terminal: names, reasons and log lines may hold escape sequences."""
+"""Text made fit for others to see: what others wrote may hold escape sequences, and addresses may hold keys."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Any
 
 # Of ECMA-48: control sequences, such as colours; strings that end with BEL or ST, such as titles; all others.
 _ESCAPES = re.compile(
@@ -14,6 +15,9 @@ _ESCAPES = re.compile(
 # Control characters, invisible ones that reorder text, halves of surrogate pairs, line and paragraph separators.
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
+_KEYS = re.compile(r"://[^/@\s<>&]+@")
+"""The key and the secret of an address such as s3://KEY:SECRET@bucket/run."""
+
 
 def plain(text: str) -> str:
     """One line without anything that a terminal obeys; blanks of all kinds become spaces."""
@@ -22,3 +26,14 @@ def plain(text: str) -> str:
     text = _ESCAPES.sub("", text)
     text = "".join(" " if char in "\t\n\v\f\r" else char for char in text)
     return "".join(char for char in text if unicodedata.category(char) not in _UNPRINTABLE)
+
+
+def without_keys(value: Any) -> Any:
+    """Plain data, such as text, whose addresses have no keys any more: for all that others get to see."""
+    if isinstance(value, str):
+        return _KEYS.sub("://", value)
+    if isinstance(value, dict):
+        return {name: without_keys(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_keys(item) for item in value]
+    return value

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from dbtrain.monitoring.curve import Curve
-from dbtrain.monitoring.lines import LineFollower
+from dbtrain.monitoring.lines import LineFollower, is_count, is_time
 from dbtrain.orchestration.lock import driver_at_work
 from dbtrain.orchestration.state import LIVE, BlockState
 from dbtrain.plan import BlockPlan
@@ -155,6 +155,27 @@ class RunView:
     """Folder of the workers' logs on the driver's machine, where the run has a cluster of its own."""
     notices: list[Notice] = field(default_factory=list)
 
+    @property
+    def fraction(self) -> float:
+        """Share of all steps of all blocks that are done."""
+        return sum(min(block.fraction, 1.0) for block in self.blocks) / len(self.blocks)
+
+    @property
+    def all_seconds_left(self) -> float:
+        """Until all blocks are done that were not given up, at the speed of those that run; infinity where none does.
+
+        Waiting blocks are taken to go on as fast as those that run now, when these make room.
+        """
+        ended = (BlockState.FINISHED, BlockState.FAILED)
+        left = sum(max(block.total - block.step, 0) for block in self.blocks if block.state not in ended)
+        running = [block for block in self.blocks if block.running and block.samples_per_second > 0]
+        if left == 0:
+            return 0.0
+        if not running:
+            return math.inf
+        together = self.batch_size * left / math.fsum(block.samples_per_second for block in running)
+        return max(together, *(self.seconds_left(block) for block in running))
+
     def seconds_left(self, block: BlockView) -> float:
         """Until the block is done at its newest speed; infinity where it does not run."""
         if block.state is BlockState.FINISHED:
@@ -176,6 +197,8 @@ class RunReader:
         self._journal = LineFollower(run.storage, EVENTS)
         self._metrics = [LineFollower(run.block(b.index).storage, METRICS) for b in plan.blocks]
         self._ended = False
+        self._waiting: dict[int, int] = {}
+        """Step of each block that told that it waits for something, such as room on a disk."""
 
     def read(self) -> RunView:
         """Take in what is new.
@@ -185,6 +208,8 @@ class RunReader:
         """
         if not self.run.storage.exists(""):
             raise FileNotFoundError(f"{self.run.uri} is not there any more")
+        # Before its lines: a driver that ends in between has written them all, and is not taken for one that died.
+        at_work = driver_at_work(self.run.storage)
         for line in self._journal.read():
             try:
                 self._take_event(line)
@@ -198,11 +223,12 @@ class RunReader:
                     continue
                 block.recent.append(line)
             del block.recent[:-RECENT]
-        self._judge()
+        # And after them, for one that has begun in between.
+        self._judge(at_work or driver_at_work(self.run.storage))
         return self.view
 
     def _take_event(self, line: dict[str, Any]) -> None:
-        kind, when = str(line["event"]), float(line["time"])
+        kind, when = str(line["event"]), _time(line["time"])
         view = self.view
         block = None
         if "block" in line:
@@ -235,6 +261,7 @@ class RunReader:
     def _take_block_event(self, block: BlockView, kind: str, when: float, line: dict[str, Any]) -> None:
         state = kind.removeprefix("block_")
         block.attempt = int(line["attempt"])
+        self._waiting.pop(block.index, None)
         reason = line.get("reason")
         if state in set(BlockState):
             block.state = BlockState(state)
@@ -246,23 +273,27 @@ class RunReader:
                 block.replicas = int(line.get("replicas", 1))
             case "restarting":
                 block.restarts += 1
-                block.marks.append(Mark(when, int(line["step"]), "restart", str(reason)))
+                block.marks.append(Mark(when, _count(line["step"]), "restart", str(reason)))
             case "failed":
-                block.marks.append(Mark(when, int(line["step"]), "failure", str(reason)))
+                block.marks.append(Mark(when, _count(line["step"]), "failure", str(reason)))
             case "rolled_back":
+                # Every driver tells anew of those that a checkpoint remembers.
+                if int(line["rollbacks"]) > block.rollbacks:
+                    block.marks.append(Mark(when, _count(line["step"]), "rollback", "values were not finite"))
                 block.rollbacks = int(line["rollbacks"])
-                block.marks.append(Mark(when, int(line["step"]), "rollback", "values were not finite"))
+            case "waiting":
+                self._waiting[block.index] = _count(line["step"])
             case "finished":
-                block.step = int(line["step"])
+                block.step = _count(line["step"])
                 block.checkpoint_step, block.checkpoint_at = block.step, when
         if reason is not None:
             block.reason = str(reason)
 
     def _take_metrics(self, block: BlockView, line: dict[str, Any]) -> None:
-        when = float(line["time"])
+        when = _time(line["time"])
         if "event" in line:
             return  # a roll-back, which the journal tells as well
-        step, loss = int(line["step"]), _number(line["loss"])
+        step, loss = _count(line["step"]), _number(line["loss"])
         rate = _number(line["samples_per_second"])
         block.losses.add(step, loss)
         block.rates.add(step, rate)
@@ -273,10 +304,15 @@ class RunReader:
         # The journal is read first, and knows more of a block that is done.
         if block.state is not BlockState.FINISHED and line["checkpoint_step"] != block.checkpoint_step:
             block.checkpoint_step, block.checkpoint_at = int(line["checkpoint_step"]), when
+        waiting = self._waiting.get(block.index)
+        if waiting is not None and step > waiting and line["checkpoint_step"] >= waiting:
+            # The journal does not tell that it is over; that a checkpoint came about since does.
+            del self._waiting[block.index]
+            block.reason = None
         block.heard_at = when
         self.view.heard_at = max(self.view.heard_at or when, when)
 
-    def _judge(self) -> None:
+    def _judge(self, at_work: bool) -> None:
         """What state the run is in; a driver that died did not say so."""
         view = self.view
         if view.starts == 0:
@@ -287,10 +323,9 @@ class RunReader:
                 view.state = RunState.FINISHED
             else:
                 view.state = RunState.FAILED if BlockState.FAILED in states else RunState.STOPPED
-        elif driver_at_work(self.run.storage):
+        elif at_work:
             view.state, view.ended_at = RunState.RUNNING, None
         else:
-            # Between the last line of a driver and its end others may look.
             view.state, view.ended_at = RunState.INTERRUPTED, view.heard_at
             for block in view.blocks:
                 if block.state in LIVE or block.state is BlockState.RESTARTING:
@@ -316,6 +351,18 @@ def _short(value: Any) -> str:
     if isinstance(value, dict | list):
         return str(len(value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _time(value: Any) -> float:
+    if not is_time(value):
+        raise ValueError(value)
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if not is_count(value):
+        raise ValueError(value)
+    return int(value)
 
 
 def _number(value: Any) -> float:

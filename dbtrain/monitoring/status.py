@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from dbtrain.monitoring.columns import Look, table_lines
-from dbtrain.monitoring.overview import head_lines, overall_fraction, troubles
+from dbtrain.monitoring.overview import head_lines, troubles
 from dbtrain.monitoring.run_view import BlockView, RunView
 
 
@@ -23,7 +23,6 @@ def status_lines(look: Look, width: int | None) -> list[Text]:
 
 def status_object(view: RunView, now: float) -> dict[str, Any]:
     """What a program may want to know. Times are seconds since 1970; NaN and infinity stand for what is not known."""
-    left = max((view.seconds_left(block) for block in view.blocks), default=0.0)
     return {
         "run": view.uri,
         "name": view.name,
@@ -39,8 +38,8 @@ def status_object(view: RunView, now: float) -> dict[str, Any]:
         "slots": view.slots,
         "nodes": view.nodes,
         "batch_size": view.batch_size,
-        "fraction": overall_fraction(view),
-        "seconds_left": left,
+        "fraction": view.fraction,
+        "seconds_left": view.all_seconds_left,
         "troubles": troubles(view, now),
         "blocks": [_block(view, block) for block in view.blocks],
     }

@@ -19,6 +19,7 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 import wandb
 
+from dbtrain.monitoring.plain_text import without_keys
 from dbtrain.monitoring.run_view import RunView
 from dbtrain.orchestration.state import BlockState
 from dbtrain.run_directory import EVALUATION, RunDirectory
@@ -96,7 +97,7 @@ def _start_run(run: RunDirectory, id: str, name: str, kind: str, more: Mapping[s
         name=f"{run.config.name}/{name}",
         group=run.config.name,
         job_type=kind,
-        config={**run.config.model_dump(mode="json"), "run": run.uri, **more},
+        config=without_keys({**run.config.model_dump(mode="json"), "run": run.uri, **more}),
         dir=str(folder),
         mode="online" if online else "offline",
         resume="allow" if online else None,

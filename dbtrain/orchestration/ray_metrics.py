@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
+from dbtrain.monitoring.plain_text import without_keys
 from dbtrain.orchestration.driver import Snapshot
 from dbtrain.orchestration.state import BlockState, BlockStatus
 
@@ -60,7 +61,7 @@ class RayMetrics:
             )
 
     def _tell(self, snapshot: Snapshot, block: BlockStatus) -> None:
-        tags = dict(zip(TAGS, (snapshot.run, snapshot.plan.name, str(block.index)), strict=True))
+        tags = dict(zip(TAGS, (without_keys(snapshot.run), snapshot.plan.name, str(block.index)), strict=True))
         running = block.state is BlockState.RUNNING
         for name, value in (
             ("dbtrain_step", block.step),

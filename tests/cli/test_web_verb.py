@@ -46,3 +46,7 @@ def test_mistakes(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_refused(dbtrain("monitor", run.uri, "--web"), "DBTRAIN_TOKEN", "16 to 200")
     assert_refused(dbtrain("monitor", run.uri, "--web", "--port", 70000), "--port")
     assert_refused(dbtrain("monitor", run.uri, "--web", "--samples", 0), "--samples")
+    assert_refused(dbtrain("monitor", run.uri, "--web", "--every", 5), "--every", "--web")
+    result = dbtrain("monitor", run.uri, "--token", "of-a-page-0123456789")
+    assert_refused(result, "--token", "add --web")
+    assert "0123456789" not in result.stderr

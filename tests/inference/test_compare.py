@@ -9,7 +9,7 @@ from small_runs import start_run
 
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
-from dbtrain.inference.compare import check_baseline, compare, side
+from dbtrain.inference.compare import check_baseline, compare, driven_seconds, side
 from dbtrain.inference.evaluation import ACCURACY, Evaluation
 from dbtrain.run_directory import RunDirectory
 
@@ -90,6 +90,19 @@ HEAD: tuple[Any, ...] = ((100.0, "run_started"), (101.0, "block_starting", 0), (
             14.0,
             10.0,
         ),
+        # What is told of a worker that goes on training.
+        (
+            (
+                *HEAD,
+                (103.0, "block_rolled_back", 0),
+                (104.0, "block_slow", 0),
+                (105.0, "block_leaving", 0),
+                (106.0, "block_paused", 0),
+                (110.0, "run_ended"),
+            ),
+            10.0,
+            4.0,
+        ),
         # One that died, and nobody after it.
         ((*HEAD, (110.0, "block_finished", 0)), 10.0, 8.0),
         ((*HEAD, (103.0, "block_running", 1), (110.0, "block_finished", 0)), 10.0, 15.0),
@@ -99,3 +112,13 @@ def test_seconds(runs: tuple[RunDirectory, RunDirectory], lines: Any, wall: floa
     _journal(runs[0], *lines)
     found = side(runs[0], OURS)
     assert (found.wall_seconds, found.worker_seconds) == (pytest.approx(wall), pytest.approx(work))
+
+
+def test_a_run_that_trains_counts_until_it_was_heard_of_last() -> None:
+    events = [
+        {"event": "run_started", "time": 100.0},
+        {"event": "block_running", "time": 102.0, "block": 0},
+    ]
+    assert driven_seconds(events) == (2.0, 0.0)
+    assert driven_seconds(events, 160.0) == (60.0, 58.0)
+    assert driven_seconds([*events, {"event": "run_ended", "time": 110.0}], 160.0) == (10.0, 8.0)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbtrain.monitoring.plain_text import plain
+from dbtrain.monitoring.plain_text import plain, without_keys
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,9 @@ def test_nothing_can_be_hidden_in_anything(text: str) -> None:
     cleaned = plain(text)
     assert not set(cleaned) & set("\x1b\x9b\x9d\x9c\x07\n\u202e\ud800")
     cleaned.encode()
+
+
+def test_addresses_without_their_keys() -> None:
+    told = {"run": "s3://KEY:SEC%2FRET@bucket/a?region=b", "seen": ["cannot write gs://me@bucket/a: no", 3, None]}
+    assert without_keys(told) == {"run": "s3://bucket/a?region=b", "seen": ["cannot write gs://bucket/a: no", 3, None]}
+    assert without_keys("s3://bucket/user@host a@b") == "s3://bucket/user@host a@b"

@@ -170,3 +170,69 @@ def test_a_directory_that_is_gone(run: RunDirectory) -> None:
     run.storage.remove_tree("")
     with pytest.raises(OSError, match="not there any more"):
         reader.read()
+
+
+def test_a_driver_that_ends_while_its_lines_are_read_is_not_gone(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.journal({"event": "run_started", "backend": "ray", "slots": 3, "pid": 7, "node": "a"})
+    here = {"pid": 8, "node": "b", "node_id": "n", "device": "cpu"}
+    run.journal({"event": "block_running", "block": 0, "attempt": 1, "step": 0, **here})
+    reader = RunReader(run)
+    with driver_lock(run.storage):
+        reader.read()
+    lock = driver_lock(run.storage)
+    lock.__enter__()
+    journal = reader._journal.read
+
+    def read_then_end() -> list[dict[str, Any]]:
+        lines = journal()
+        run.journal({"event": "block_stopped", "block": 0, "attempt": 1, "step": 0})
+        run.journal({"event": "run_ended", "blocks": {}})
+        lock.__exit__(None, None, None)
+        return lines
+
+    monkeypatch.setattr(reader._journal, "read", read_then_end)
+    assert reader.read().state is RunState.RUNNING
+    monkeypatch.undo()
+    assert reader.read().state is RunState.STOPPED
+    assert reader.view.blocks[0].reason is None
+
+
+def test_a_wait_is_over_once_a_checkpoint_has_come_about(run: RunDirectory) -> None:
+    full = {"event": "block_waiting", "block": 0, "attempt": 1, "step": 20, "reason": "no room"}
+    with driver_lock(run.storage):
+        run.journal({"event": "run_started", "backend": "ray", "slots": 3, "pid": 7, "node": "a"})
+        run.journal(full)
+        run.block(0).log_metrics(_metrics(20, checkpoint_step=10))
+        run.block(0).log_metrics(_metrics(21, checkpoint_step=10))  # saved on the side
+        reader = RunReader(run)
+        assert reader.read().blocks[0].reason == "no room"
+        run.block(0).log_metrics(_metrics(30, checkpoint_step=20))
+        assert reader.read().blocks[0].reason is None
+        assert RunReader(run).read().blocks[0].reason is None
+
+
+def test_a_roll_back_that_the_next_driver_hears_of_again_is_one(run: RunDirectory) -> None:
+    for _ in range(2):
+        run.journal({"event": "run_started", "backend": "ray", "slots": 3, "pid": 7, "node": "a"})
+        run.journal({"event": "block_rolled_back", "block": 1, "attempt": 2, "step": 20, "rollbacks": 1})
+    block = RunReader(run).read().blocks[1]
+    assert (block.rollbacks, len(block.marks)) == (1, 1)
+
+
+def test_numbers_that_no_run_has_are_left_out(run: RunDirectory) -> None:
+    """Of a run of others: a step beyond all floats, and times that no calendar has, would end whoever draws them."""
+    run.block(0).log_metrics(_metrics(10**400))
+    run.block(0).log_metrics(_metrics(10) | {"time": 1e300})
+    run.journal({"event": "run_started", "time": 1e300, "backend": "ray", "slots": 3, "pid": 7, "node": "a"})
+    view = RunReader(run).read()
+    assert (view.fraction, view.starts, view.heard_at) == (0.0, 0, None)
+
+
+def test_what_was_given_up_is_not_waited_for(run: RunDirectory) -> None:
+    view = RunReader(run).read()
+    first, second, third = view.blocks
+    first.state, first.step, first.samples_per_second = BlockState.RUNNING, 50, 10.0
+    second.state, third.state = BlockState.FAILED, BlockState.FINISHED
+    assert view.all_seconds_left == view.seconds_left(first) == 50 * view.batch_size / 10

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
+from small_runs import start_run
 
 from dbtrain.config import RunConfig
 from dbtrain.orchestration import ray_metrics
@@ -39,6 +40,25 @@ def test_metrics_that_fail_are_reported_once_and_dropped(
     assert [record.getMessage() for record in caplog.records] == [
         "no more metrics for Prometheus, training is not affected: OSError: no metrics here"
     ]
+
+
+def test_a_key_in_the_runs_address_is_no_label(
+    monkeypatch: pytest.MonkeyPatch, small_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The metrics port asks nobody who they are."""
+    told: list[dict[str, str]] = []
+
+    class Kept:
+        def __init__(self, *arguments: object):
+            pass
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            told.append(tags)
+
+    monkeypatch.setattr(ray_metrics, "Gauge", Kept)
+    plan = start_run(small_config(), tmp_path / "run").plan
+    RayMetrics().update(Snapshot("s3://KEY:SECRET@bucket/run", plan, (BlockStatus(0),), 1, False))
+    assert {tags["run"] for tags in told} == {"s3://bucket/run"}
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dbtrain.monitoring.lines import is_count, is_time
+
 Line = dict[str, Any]
 
 
@@ -58,13 +60,14 @@ def faults(journal: Sequence[Line], blocks: Sequence[BlockLines]) -> list[Fault]
         kind, earlier = event["event"], events[:position]
         if kind == "run_started":
             if nodes is not None:
-                found.append(_started_again(earlier, event, _next_start(events[position + 1 :]), blocks))
+                found.append(_started_again(earlier, event, events[position + 1 :], blocks))
             nodes = _nodes(event)
         elif kind == "nodes_changed":
             found += _node_changes(event["time"], nodes or {}, _nodes(event))
             nodes = _nodes(event)
         elif kind in _TROUBLES and "block" in event:
-            own, until = blocks[event["block"]], _next_start(events[position:])
+            # Of a worker that was lost before it was ready to train, the next one tells what that cost.
+            own, until = blocks[event["block"]], _next_start(events[position + 1 :], event["block"])
             found.append(_trouble(_TROUBLES[kind], [*earlier, event], own, until))
     return sorted(found, key=lambda fault: fault.time)
 
@@ -83,7 +86,7 @@ def _trouble(kind: str, events: Sequence[Line], own: BlockLines, until: float) -
     return Fault(event["time"], kind, event["block"], str(event.get("reason") or "-"), reached, lost, seconds)
 
 
-def _started_again(before: Sequence[Line], event: Line, until: float, blocks: Sequence[BlockLines]) -> Fault:
+def _started_again(before: Sequence[Line], event: Line, later: Sequence[Line], blocks: Sequence[BlockLines]) -> Fault:
     """Another driver took over the run."""
     last = before[-1]
     if last["event"] == "run_ended":
@@ -97,7 +100,7 @@ def _started_again(before: Sequence[Line], event: Line, until: float, blocks: Se
         reason = "the driver before was gone without a word"
     lost, first = 0, math.inf
     for index, own in enumerate(blocks):
-        after = _first_ready(own, event["time"], until)
+        after = _first_ready(own, event["time"], _next_start(later, index))
         if after is not None:
             lost += max(0, _reached(index, own, before, event["time"]) - int(after["step"]))
             first = min(first, after["time"])
@@ -124,7 +127,7 @@ def _node(name: str) -> str:
 def _reached(index: int, own: BlockLines, events: Sequence[Line], time: float) -> int:
     """Steps of the block that were told of by then, by its worker or by the driver."""
     told = [line for line in own.metrics if line["time"] <= time]
-    journal = [line for line in events if line.get("block") == index and _counts(line.get("step"))]
+    journal = [line for line in events if line.get("block") == index and is_count(line.get("step"))]
     return max((int(last[-1]["step"]) for last in (told, journal) if last), default=0)
 
 
@@ -132,8 +135,14 @@ def _first_ready(own: BlockLines, since: float, until: float) -> Line | None:
     return next((line for line in own.workers if since <= line["time"] < until), None)
 
 
-def _next_start(events: Sequence[Line]) -> float:
-    return next((float(event["time"]) for event in events if event["event"] == "run_started"), math.inf)
+def _next_start(events: Sequence[Line], block: int) -> float:
+    """When another driver began, or `block` lost its worker once more."""
+    for event in events:
+        if event["event"] == "run_started":
+            return float(event["time"])
+        if event["event"] == "block_restarting" and event.get("block") == block:
+            return float(event["time"])
+    return math.inf
 
 
 def _nodes(event: Line) -> dict[str, Any]:
@@ -143,23 +152,15 @@ def _nodes(event: Line) -> dict[str, Any]:
 
 def told(lines: Sequence[Line]) -> list[Line]:
     """Those of a block's lines that have a time and a step."""
-    return [line for line in lines if _is_time(line.get("time")) and _counts(line.get("step"))]
+    return [line for line in lines if is_time(line.get("time")) and is_count(line.get("step"))]
 
 
 def is_event(line: Line, blocks: int) -> bool:
     """Whether it is a line of the journal of a run of so many blocks."""
     block = line.get("block", 0)
-    known = isinstance(line.get("event"), str) and _is_time(line.get("time"))
-    return known and _counts(block) and 0 <= block < blocks
+    known = isinstance(line.get("event"), str) and is_time(line.get("time"))
+    return known and is_count(block) and block < blocks
 
 
 def _rolls_back(line: Line) -> bool:
-    return line.get("event") == "rolled_back" and _counts(line.get("from_step"))
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e11
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return line.get("event") == "rolled_back" and is_count(line.get("from_step"))

@@ -117,7 +117,7 @@ def _side(run: RunDirectory) -> Side:
         model, evaluation, missing = _results(run, finished)
     except OSError as error:
         raise UserError(f"cannot be read: {error}", field="RUN", value=run.uri) from None
-    wall, work = driven_seconds(journal)
+    wall, work = driven_seconds(journal, view.heard_at)
     if not any(block.losses.steps for block in view.blocks):
         missing = ("Nothing was measured yet: there are no losses to draw.", *missing)
     if not finished:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
+import math
 import shlex
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 import dbtrain
+from dbtrain.monitoring.plain_text import without_keys
 from dbtrain.monitoring.report import charts, tables
 from dbtrain.monitoring.report.faults import survived
 from dbtrain.monitoring.report.gather import Report, Side
@@ -20,7 +21,6 @@ from dbtrain.plan import BlockPlan, human_bytes
 
 _UNSHOWN = {code: "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(code) not in "\n\t"}
 """Control characters, which HTML does not know; workers may write them."""
-_KEYS = re.compile(r"://[^/@\s<>&]+@")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def render(report: Report) -> bytes:
     environment.filters["coded"] = _coded
     environment.globals |= {"tables": tables, "charts": charts, "version": dbtrain.__version__}
     workers = _workers(report)
-    page = environment.from_string(folder.joinpath("report.html").read_text(encoding="utf-8")).render(
+    page: str = environment.from_string(folder.joinpath("report.html").read_text(encoding="utf-8")).render(
         report=report,
         ours=report.ours,
         theirs=report.theirs,
@@ -55,7 +55,7 @@ def render(report: Report) -> bytes:
         png=_data_uri(report),
     )
     # Keys in an address are nobody's business who reads the page.
-    page = _KEYS.sub("://", page)
+    page = without_keys(page)
     # A worker's reason may hold half a surrogate pair, which UTF-8 cannot.
     return page.translate(_UNSHOWN).encode("utf-8", "replace")
 
@@ -70,8 +70,8 @@ def _coded(text: str) -> Markup:
 
 def _tiles(report: Report) -> list[Tile]:
     ours, theirs, whole = report.ours, report.theirs, report.whole
-    steps = sum(block.step for block in ours.view.blocks) / sum(block.total for block in ours.view.blocks)
-    found = [Tile("state", str(ours.view.state), f"{steps:.0%} of the steps")]
+    # Rounded down: all of them is said of all alone.
+    found = [Tile("state", str(ours.view.state), f"{math.floor(100 * ours.view.fraction)}% of the steps")]
     if ours.evaluation is not None:
         note = f"{ours.evaluation.split}, {ours.evaluation.metric.better} is better"
         if theirs is not None and theirs.evaluation is not None:

@@ -10,19 +10,13 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from dbtrain.errors import UserError
+from dbtrain.monitoring.pictures import KEPT, PROMPT, kept_png
 from dbtrain.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from dbtrain.inference.generate import TextGenerator
     from dbtrain.inference.sample_images import ImageSampler
     from dbtrain.inference.unmask import TextUnmasker
-
-FILE = "samples/samples.png"
-PROMPT = "The "
-"""What texts go on from where nobody says."""
-_PNG = b"\x89PNG\r\n\x1a\n"
-_LARGEST = 8_000_000
-"""Bytes of a picture that goes into a page."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +31,8 @@ class Samples:
 
 def samples_kept(run: RunDirectory) -> Samples | None:
     """The picture that `dbtrain sample` left in the run directory, if it did."""
-    try:
-        png = run.storage.read_bytes(FILE)
-    except OSError:
-        return None
-    if not png.startswith(_PNG) or len(png) > _LARGEST:
-        return None
-    return Samples(f"as `dbtrain sample` left them in {FILE}", png)
+    png = kept_png(run)
+    return None if png is None else Samples(f"as `dbtrain sample` left them in {KEPT}", png)
 
 
 def draw_samples(

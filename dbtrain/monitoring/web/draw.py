@@ -24,6 +24,7 @@ from dbtrain.inference.sample_files import grid
 from dbtrain.inference.sample_images import ImageSampler
 from dbtrain.inference.unmask import TextUnmasker
 from dbtrain.models import family_of
+from dbtrain.monitoring.pictures import PROMPT
 from dbtrain.run_directory import TOKENIZER, BlockDirectory, RunDirectory
 from dbtrain.storage import Storage
 
@@ -35,7 +36,6 @@ WIDEST = 16
 TEXTS = 3
 TOKENS = 120
 """Of a continued text, at most."""
-PROMPT = "The "
 
 
 class _Aside(RunDirectory):

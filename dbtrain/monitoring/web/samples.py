@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -15,18 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dbtrain.monitoring.pictures import checked_png, kept_png
 from dbtrain.monitoring.run_view import RunView
 from dbtrain.run_directory import RunDirectory
 
-KEPT = "samples/samples.png"
-"""Of a run, by `dbtrain sample`."""
-LARGEST = 8_000_000
-"""Bytes of a picture that is shown."""
 _LOOK = 10.0
 """Seconds between two looks for a picture."""
 _PATIENCE = 1800.0
 """Seconds after which a process that draws is ended."""
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Gallery:
@@ -43,7 +38,7 @@ class Gallery:
         """What to tell of samples now; `version` changes with the picture."""
         if self._clock() >= self._next:
             self._next = self._clock() + _LOOK
-            self._show(_kept(self._run))
+            self._show(kept_png(self._run))
         return {"status": "off" if self.png is None else "kept", **self._picture()}
 
     def _picture(self) -> dict[str, Any]:
@@ -98,13 +93,16 @@ class Studio(Gallery):
             if self._steps != self._drawn:
                 self._drawn = self._steps
                 self._told = {**self._told, "status": "drawing", "problem": None}
-                with tempfile.TemporaryDirectory(prefix="dbtrain-samples-") as folder:
-                    self._draw(Path(folder))
+                try:
+                    with tempfile.TemporaryDirectory(prefix="dbtrain-samples-") as folder:
+                        self._draw(Path(folder))
+                except (OSError, ValueError) as error:  # such as a full disk; the next checkpoint is another try
+                    self._told = {**self._told, "status": "failed", "problem": str(error)}
             if "about" in self._told or self._closing.wait(self.every):
                 return  # closed, or the model makes nothing that could be shown
 
     def _draw(self, folder: Path) -> None:
-        """Have samples drawn in `folder`, and take them over."""
+        """Have samples drawn in `folder`, and take them over. Raises OSError or ValueError where that fails."""
         command = [sys.executable, "-m", "dbtrain.monitoring.web.draw", self._run.uri, str(folder)]
         # One thread: what trains may be on this machine.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -121,15 +119,12 @@ class Studio(Gallery):
                 code = self._child.wait()
             complaints.seek(0)
             lines = complaints.read().decode(errors="replace").strip().splitlines()
-        try:
-            if code != 0:
-                raise OSError(lines[-1][:300] if lines else f"drawing ended with {code}")
-            answer = json.loads((folder / "answer.json").read_text())
-            picture = folder / "samples.png"
-            self._show(_checked(picture.read_bytes()) if picture.exists() else None)
-            self._told = {"status": "drawn", "every": self.every, "at": time.time(), **answer}
-        except (OSError, ValueError) as error:
-            self._told = {**self._told, "status": "failed", "problem": str(error)}
+        if code != 0:
+            raise OSError(lines[-1][:300] if lines else f"drawing ended with {code}")
+        answer = json.loads((folder / "answer.json").read_text())
+        picture = folder / "samples.png"
+        self._show(checked_png(picture.read_bytes()) if picture.exists() else None)
+        self._told = {"status": "drawn", "every": self.every, "at": time.time(), **answer}
 
 
 @contextmanager
@@ -143,15 +138,3 @@ def gallery_of(run: RunDirectory, every: float | None) -> Iterator[Gallery]:
         yield studio
     finally:
         studio.close()
-
-
-def _kept(run: RunDirectory) -> bytes | None:
-    """The picture in the run directory."""
-    with contextlib.suppress(OSError):
-        if run.storage.exists(KEPT):
-            return _checked(run.storage.read_bytes(KEPT))
-    return None
-
-
-def _checked(png: bytes) -> bytes | None:
-    return png if png.startswith(_PNG) and len(png) <= LARGEST else None

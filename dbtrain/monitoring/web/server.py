@@ -20,7 +20,7 @@ from importlib.resources import files
 from typing import Any, cast
 from urllib.parse import parse_qs
 
-from dbtrain.monitoring.run_view import RunReader
+from dbtrain.monitoring.following import Looker
 from dbtrain.monitoring.web.address import Address
 from dbtrain.monitoring.web.samples import Gallery, gallery_of
 from dbtrain.monitoring.web.state import encode_state
@@ -85,8 +85,7 @@ class Source:
 
     def __init__(self, run: RunDirectory, gallery: Gallery, clock: Callable[[], float] = time.monotonic):
         self.gallery = gallery
-        self._config = run.config
-        self._reader = RunReader(run)
+        self._looker = Looker(run)
         self._clock = clock
         self._lock = threading.Lock()
         self._state = b""
@@ -101,14 +100,10 @@ class Source:
             return self._state
 
     def _read(self) -> bytes:
-        problem = None
-        try:
-            self._reader.read()
-        except OSError as error:  # what was read before is still worth showing
-            problem = " ".join((error.strerror or str(error)).split())
-        view = self._reader.view
+        problem = self._looker.look()  # what was read before is still worth showing
+        view = self._looker.view
         samples = self.gallery.look(view)
-        return encode_state(view, self._config, time.time(), samples=samples, problem=problem)
+        return encode_state(view, self._looker.run.config, time.time(), samples=samples, problem=problem)
 
 
 class MonitorServer(ThreadingHTTPServer):

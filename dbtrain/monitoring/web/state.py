@@ -10,6 +10,7 @@ from typing import Any
 from dbtrain.config import RunConfig
 from dbtrain.model_config import MaskedLMConfig
 from dbtrain.monitoring.curve import Curve
+from dbtrain.monitoring.plain_text import without_keys
 from dbtrain.monitoring.run_view import BlockView, Mark, Notice, RunView
 from dbtrain.orchestration.state import BlockState
 from dbtrain.plan import BlockPlan
@@ -42,22 +43,6 @@ def encode_state(view: RunView, config: RunConfig, now: float, **more: Any) -> b
     return json.dumps(_plain(state), allow_nan=False, separators=(",", ":")).encode()
 
 
-def seconds_left(view: RunView) -> float:
-    """Until all blocks are done at the speed of those that run; infinity where none does.
-
-    Waiting blocks are taken to go on as fast as those that run now, when these make room.
-    """
-    running = [block for block in view.blocks if block.running and block.samples_per_second > 0]
-    unfinished = [block for block in view.blocks if block.step < block.total]
-    if not unfinished:
-        return 0.0
-    if not running:
-        return math.inf
-    samples = view.batch_size * sum(block.total - block.step for block in unfinished)
-    together = samples / sum(block.samples_per_second for block in running)
-    return max(together, *(view.seconds_left(block) for block in running))
-
-
 def _run(view: RunView, config: RunConfig) -> dict[str, Any]:
     masked = isinstance(config.model, MaskedLMConfig)
     running = [block for block in view.blocks if block.running]
@@ -76,8 +61,8 @@ def _run(view: RunView, config: RunConfig) -> dict[str, Any]:
         "slots": view.slots,
         "nodes": view.nodes,
         "driver": view.driver,
-        "fraction": sum(block.step for block in view.blocks) / sum(block.total for block in view.blocks),
-        "seconds_left": seconds_left(view),
+        "fraction": view.fraction,
+        "seconds_left": view.all_seconds_left,
         "samples_per_second": _total(block.samples_per_second for block in running),
         "flops_per_second": _total(block.flops_per_second for block in running),
         "restarts": sum(block.restarts for block in view.blocks),
@@ -149,7 +134,10 @@ def _total(rates: Iterable[float]) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers to 6 significant digits, times and counts as they are, and null for what JSON cannot say."""
+    """Numbers to 6 significant digits, times and counts as they are, null for what JSON cannot say, and
+    no keys in addresses."""
+    if isinstance(value, str):
+        return without_keys(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

@@ -123,6 +123,25 @@ def test_a_restart_that_its_own_driver_did_not_live_to_see() -> None:
     assert (start.lost, start.seconds) == (5, 5.0)
 
 
+def test_a_worker_that_is_lost_before_it_trains_costs_once() -> None:
+    journal = [
+        _start(0.0),
+        _block(10.0, "restarting", 0, 1, 9, reason="gone"),
+        _block(12.0, "restarting", 1, 1, 3, reason="another block's"),
+        _block(20.0, "restarting", 0, 2, 9, reason="gone again"),
+    ]
+    found = faults(
+        journal, [BlockLines([_metrics(8.0, 9)], [_worker(1.0, 0, 1), _worker(30.0, 5, 3)]), BlockLines([], [])]
+    )
+    assert [(fault.lost, fault.seconds) for fault in found if fault.block == 0] == [(None, None), (4, 10.0)]
+
+
+def test_a_worker_of_another_driver_that_is_lost_before_it_trains_costs_once() -> None:
+    journal = [_start(0.0), _start(50.0), _block(60.0, "restarting", 0, 2, 9, reason="gone")]
+    start, restart = faults(journal, [BlockLines([_metrics(8.0, 9)], [_worker(1.0, 0, 1), _worker(70.0, 5, 3)])])
+    assert (start.lost, start.seconds, restart.lost, restart.seconds) == (None, None, 4, 10.0)
+
+
 def test_a_run_of_an_earlier_version_does_not_know_the_cost() -> None:
     journal = [_start(0.0), _block(10.0, "restarting", step=9, reason="gone"), _block(11.0, "running", 0, 2, 9)]
     [restart] = faults(journal, [BlockLines([_metrics(8.0, 7), _metrics(20.0, 8, 2)], [])])

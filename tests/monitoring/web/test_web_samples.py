@@ -54,6 +54,25 @@ def test_blocks_without_a_checkpoint_are_not_drawn(family_config: FamilyConfig, 
         draw(run, tmp_path)
 
 
+def test_a_disk_without_room_is_told_and_the_studio_goes_on(
+    family_config: FamilyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(family_config("dit", **SHORT), tmp_path / "run")
+    _journal(run, 4)
+    reader = RunReader(run)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    studio = Studio(run, every=0.01)
+    try:
+        assert "gone" in _told(studio, reader, "failed")["problem"]
+        _journal(run, 5)
+        deadline = time.monotonic() + 60
+        while studio._drawn != (5, 5, 5):
+            _told(studio, reader, "failed")
+            assert time.monotonic() < deadline
+    finally:
+        studio.close()
+
+
 @pytest.mark.slow
 def test_a_studio_draws_fails_and_draws_again(family_config: FamilyConfig, tmp_path: Path) -> None:
     run = train_all(start_run(family_config("dit", **SHORT), tmp_path / "run"))

@@ -221,8 +221,8 @@ def _answered(server: MonitorServer) -> bool:
 def test_many_tabs_read_the_directory_once(troubled: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(troubled) as server:
         reads: list[int] = []
-        read = server.source._reader.read
-        monkeypatch.setattr(server.source._reader, "read", lambda: (reads.append(1), read())[1])
+        read = server.source._looker.look
+        monkeypatch.setattr(server.source._looker, "look", lambda: (reads.append(1), read())[1])
         monkeypatch.setattr(server.source, "_clock", lambda: 5.0)
         threads = [threading.Thread(target=ask, args=(server, "/state")) for _ in range(8)]
         for thread in threads:
@@ -230,6 +230,23 @@ def test_many_tabs_read_the_directory_once(troubled: RunDirectory, monkeypatch: 
         for thread in threads:
             thread.join()
     assert len(reads) == 1
+
+
+def test_a_directory_that_vanishes_and_comes_back_as_another_run(
+    troubled: RunDirectory, small_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_FRESH", 0.0)
+    path = tmp_path / "run"
+    with serving(troubled) as server:
+        assert json.loads(ask(server, "/state")[1])["problem"] is None
+        path.rename(tmp_path / "away")
+        state = json.loads(ask(server, "/state")[1])
+        assert ("not there" in state["problem"], len(state["blocks"])) == (True, 3)
+        path.mkdir()
+        assert "not a run directory" in json.loads(ask(server, "/state")[1])["problem"]
+        start_run(small_config(blocks={"count": 2}), path)
+        state = json.loads(ask(server, "/state")[1])
+        assert (state["problem"], len(state["blocks"]), state["run"]["state"]) == (None, 2, "new")
 
 
 def test_the_picture_that_sample_left_is_shown(troubled: RunDirectory) -> None:

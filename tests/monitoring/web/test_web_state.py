@@ -11,7 +11,7 @@ from small_runs import start_run
 
 from dbtrain.config import RunConfig
 from dbtrain.monitoring.run_view import BlockView, Mark, Notice, RunView
-from dbtrain.monitoring.web.state import encode_state, seconds_left
+from dbtrain.monitoring.web.state import encode_state
 from dbtrain.orchestration.state import BlockState
 
 FamilyConfig = Callable[..., RunConfig]
@@ -59,17 +59,17 @@ def test_the_noise_axis_has_its_unit(
 def test_blocks_that_wait_count_for_what_is_left(family_config: FamilyConfig, tmp_path: Path) -> None:
     config = family_config("vit")
     view = _view(config, tmp_path / "run", 3)
-    assert seconds_left(view) == math.inf
+    assert view.all_seconds_left == math.inf
     first, second, third = view.blocks
     first.state, first.step, first.samples_per_second = BlockState.RUNNING, 5_000, 160.0
     assert view.seconds_left(first) == 500
-    assert seconds_left(view) == 2_500  # the other two take as long as two wholes of it
+    assert view.all_seconds_left == 2_500  # the other two take as long as two wholes of it
     for block in (second, third):
         block.state, block.samples_per_second = BlockState.RUNNING, 80.0
-    assert seconds_left(view) == 2_000  # the slowest
+    assert view.all_seconds_left == 2_000  # the slowest
     for block in view.blocks:
         block.state, block.step = BlockState.FINISHED, block.total
-    assert seconds_left(view) == 0
+    assert view.all_seconds_left == 0
 
 
 def test_a_new_worker_after_a_lost_one_is_restarting(family_config: FamilyConfig, tmp_path: Path) -> None:
@@ -79,3 +79,11 @@ def test_a_new_worker_after_a_lost_one_is_restarting(family_config: FamilyConfig
         block.state, block.reason = BlockState.STARTING, reason
     state = json.loads(encode_state(view, config, 0.0))
     assert [block["state"] for block in state["blocks"]] == ["starting", "restarting"]
+
+
+def test_keys_in_addresses_are_not_told(family_config: FamilyConfig, tmp_path: Path) -> None:
+    config = family_config("vit")
+    view = _view(config, tmp_path / "run", 1)
+    view.uri = "s3://KEY:SECRET@bucket/run"
+    view.blocks[0].reason = f"cannot write {view.uri}: away"
+    assert b"SECRET" not in encode_state(view, config, 0.0)

@@ -90,6 +90,7 @@ function logTicks(low, high, wanted) {
       if (value >= low * 0.999 && value <= high * 1.001) found.push(value);
     }
   }
+  if (found.length < 2) return ticks(low, high, wanted);  // between 2.1 and 4.5 there is neither 2 nor 5
   const decades = found.filter((value) => Math.abs(Math.log10(value) % 1) < 1e-6);
   const usable = found.length <= wanted * 1.5 || decades.length < 2 ? found : decades;
   const every = Math.ceil(usable.length / wanted);
