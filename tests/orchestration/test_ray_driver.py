@@ -120,10 +120,14 @@ def test_ctrl_c_saves_and_leaves_and_a_killed_driver_takes_its_workers_along(
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(
-    tmp_path: Path, config: RunConfig, home: Path, digest_of: DigestOf
+    tmp_path: Path, make_config: MakeConfig, home: Path, digest_of: DigestOf
 ) -> None:
+    config = make_config(training={"steps": 300}, logging={"every": 25})
     drivers = [start(config, tmp_path / name, home) for name in ("a", "b")]
     results = [result_of(driver) for driver in drivers]
     assert all(result["ok"] for result in results)
     assert {block["restarts"] for result in results for block in result["blocks"]} == {0}
+    journals = [RunDirectory.open(tmp_path / name).events() for name in ("a", "b")]
+    began, ended = ([journal[place]["time"] for journal in journals] for place in (0, -1))
+    assert max(began) < min(ended), "they were there at the same time"
     assert digest_of(tmp_path / "a") == digest_of(tmp_path / "b")
