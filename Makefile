@@ -19,11 +19,12 @@ RUNS := runs/demo
 # Two files of tests at a time: many of them wait for processes.
 AT_ONCE := --numprocesses=2 --dist=loadfile --durations=20
 
-.PHONY: help setup demo test slow lint types imports bench chaos simulate pins clean
+.PHONY: help setup demo test slow long lint types imports bench chaos simulate pins clean
 
 help:
 	@echo 'make demo    train digits in 3 blocks as Ray workers, assemble, evaluate beside the end-to-end network'
 	@echo 'make test    the fast tests            make slow    the slow ones (real clusters, longer training)'
+	@echo 'make long    those that take minutes each: two machines, a lost head, every family killed twice'
 	@echo 'make lint    ruff, mypy, import rule   make bench   what the figures in the docs come from'
 	@echo 'make chaos   kill, freeze and damage everything of a run 30 times, and compare it with an undisturbed one'
 	@echo 'make simulate  1,000 blocks on 100 nodes that fail, beside a synchronous job'
@@ -62,7 +63,10 @@ test: setup
 	$(BIN)/python -m pytest -m 'not slow' $(AT_ONCE)
 
 slow: setup
-	$(BIN)/python -m pytest -m slow $(AT_ONCE)
+	$(BIN)/python -m pytest -m 'slow and not long' $(AT_ONCE)
+
+long: setup
+	$(BIN)/python -m pytest -m long $(AT_ONCE)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ HEARTBEAT_SECONDS = 10.0
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_cut_of_30_seconds_restarts_the_blocks_beyond_it_and_costs_the_others_nothing(tmp_path: Path) -> None:
     if (reason := namespaces.why_not()) is not None:

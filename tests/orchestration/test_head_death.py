@@ -24,6 +24,7 @@ EVERY = 50
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_run_whose_cluster_lost_its_head_says_so_and_goes_on_on_another(tmp_path: Path) -> None:
     prepare("digits", tmp_path / "digits")

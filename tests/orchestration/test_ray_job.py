@@ -14,7 +14,7 @@ from dbtrain.config import RunConfig
 from dbtrain.orchestration.run import train_run
 from dbtrain.run_directory import RunDirectory
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 PATIENCE = 150.0  # seconds
 
