@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=30)
     names = [kind.__name__ for kind in FAULTS]
     parser.add_argument("--kinds", nargs="+", choices=names, default=names)
-    parser.add_argument("--steps", type=int, help="of each block; 400 a fault when not given")
+    parser.add_argument("--steps", type=int, help="of each block; 500 a fault when not given")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--seconds", type=float, default=900.0, help="from the last fault to the end, at most")
     parser.add_argument("--json", type=Path, help="file for the raw facts")
@@ -202,7 +202,7 @@ def main() -> None:
     seed = secrets.randbelow(10**6) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="dbtrain-chaos-"))
-    steps = 400 * args.faults if args.steps is None else args.steps
+    steps = 500 * args.faults if args.steps is None else args.steps
     say = functools.partial(print, flush=True)
     facts = run_chaos(folder, seed, args.kinds, args.faults, steps, args.every, args.seconds, say)
     print(summary(facts))
