@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from dbtrain.cli.output import AsJson, ConfigFile, Overrides, emit_json, err, print_table, report, whole_number
+from dbtrain.cli.output import AsJson, ConfigFile, Overrides, emit_json, err, print_table, report
+from dbtrain.cli.training import InterleaveOption, with_interleave
 from dbtrain.cli.watching import show_status
 from dbtrain.config_file import load_config
 from dbtrain.errors import UserError
@@ -50,16 +51,7 @@ def submit(
         ),
     ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Train end to end, as `dbtrain baseline` does.")] = False,
-    interleave: Annotated[
-        int | None,
-        typer.Option(
-            "--interleave",
-            metavar="STEPS",
-            parser=whole_number("--interleave"),
-            help="With fewer workers than blocks: let blocks take turns of so many steps.",
-            show_default=False,
-        ),
-    ] = None,
+    interleave: InterleaveOption = None,
     python: Annotated[
         str | None,
         typer.Option(
@@ -76,8 +68,7 @@ def submit(
     """Train on a Ray cluster as a job that goes on without this machine; a run that has ended before is resumed."""
     from dbtrain.orchestration import submission
 
-    settings = [*(overrides or []), *([] if interleave is None else [f"resources.interleave={interleave}"])]
-    checked = load_config(config, settings)
+    checked = load_config(config, with_interleave(overrides, interleave))
     kind: Kind = "end_to_end" if baseline else "blocks"
     name = submission.run_name(checked, kind)
 

@@ -34,6 +34,16 @@ AddressOption = Annotated[
     str | None,
     typer.Option("--address", help="Ray cluster to join; a private one by default.", show_default=False),
 ]
+InterleaveOption = Annotated[
+    int | None,
+    typer.Option(
+        "--interleave",
+        metavar="STEPS",
+        parser=whole_number("--interleave"),
+        help="With fewer workers than blocks: let blocks take turns of so many steps.",
+        show_default=False,
+    ),
+]
 
 
 def train(
@@ -45,21 +55,12 @@ def train(
         str | None,
         typer.Option("--order", metavar="2,1,0", help="Order in which blocks get a worker.", show_default=False),
     ] = None,
-    interleave: Annotated[
-        int | None,
-        typer.Option(
-            "--interleave",
-            metavar="STEPS",
-            parser=whole_number("--interleave"),
-            help="With fewer workers than blocks: let blocks take turns of so many steps.",
-            show_default=False,
-        ),
-    ] = None,
+    interleave: InterleaveOption = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train every block, each by itself; on an unfinished run directory, resume it."""
-    settings = [*(overrides or []), *([] if interleave is None else [f"resources.interleave={interleave}"])]
+    settings = with_interleave(overrides, interleave)
     _train("blocks", config, run, backend, address, _parse_order(order), settings, as_json)
 
 
@@ -73,6 +74,11 @@ def baseline(
 ) -> None:
     """Train the same network end to end, with equal layer-evaluations, to compare with."""
     _train("end_to_end", config, run, backend, address, None, overrides, as_json)
+
+
+def with_interleave(overrides: list[str] | None, interleave: int | None) -> list[str]:
+    """The overrides, with the one that `--interleave` stands for."""
+    return [*(overrides or []), *([] if interleave is None else [f"resources.interleave={interleave}"])]
 
 
 def _train(

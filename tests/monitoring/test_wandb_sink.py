@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,6 @@ from dbtrain.orchestration.driver import Snapshot
 from dbtrain.orchestration.run import train_run
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.run_directory import RunDirectory
-
-# Not by importing it: processes that train shall not.
-pytestmark = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 SmallConfig = Callable[..., RunConfig]
 SHORT = {"training": {"steps": 12}, "logging": {"every": 2}, "checkpoints": {"every": 5}, "chain": {"start_noises": 2}}
