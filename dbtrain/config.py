@@ -57,6 +57,10 @@ class BlocksConfig(Section):
     on which blocks trained at the same time."""
     average_every: int = Field(25, ge=1)
     """Steps between two averagings."""
+    relay_every: int | None = Field(None, ge=1)
+    """Relay: a block goes on from the features of the block before it, by weights that are looked for and published
+    every so many steps; none (the default) keeps blocks strangers to each other. It costs a forward pass through the
+    layers before a block's own."""
     average_patience: float = Field(60.0, gt=0.0)
     """Seconds an averaging waits for a block that trains and has not come; then it goes on without it."""
 
@@ -289,6 +293,8 @@ class RunConfig(Section):
             )
         if self.blocks.stem == "averaged":
             self._check_averaging()
+        if self.blocks.relay_every is not None:
+            self._check_relay()
         if self.schedule.warmup_steps > self.training.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than training.steps {self.training.steps}"
@@ -317,6 +323,22 @@ class RunConfig(Section):
                 f"{self.resources.step_timeout:g}: a block that waits makes no step, and counts as hung in the end"
             )
 
+    def _check_relay(self) -> None:
+        every = self.blocks.relay_every
+        if not self.model.relays:
+            raise ValueError(f"blocks.relay_every {every} is not for family {self.model.family!r}: leave it out")
+        if self.blocks.count == 1:
+            raise ValueError(
+                f"blocks.relay_every {every} needs more than the one block of blocks.count 1: leave it out"
+            )
+        if self.resources.replicas > 1:
+            raise ValueError(
+                f"blocks.relay_every {every} has one worker a block: set resources.replicas "
+                f"{self.resources.replicas} to 1, or leave it out"
+            )
+        if self.blocks.stem == "averaged":
+            raise ValueError(f"blocks.relay_every {every} does not go with blocks.stem 'averaged': use 'private'")
+
     def identity(self) -> dict[str, Any]:
         """The fields that decide the trained bytes, as plain data.
 
@@ -332,6 +354,8 @@ class RunConfig(Section):
         del full["training"]["max_rollbacks"], full["blocks"]["average_patience"]
         if self.blocks.stem == "private":
             del full["blocks"]["stem"], full["blocks"]["average_every"]
+        if self.blocks.relay_every is None:
+            del full["blocks"]["relay_every"]
         return full
 
     def digest(self) -> str:

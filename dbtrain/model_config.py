@@ -34,6 +34,9 @@ class ModelConfig(Section):
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}
     """Values for other sections of the configuration that fit the family better than the general defaults."""
 
+    relays: ClassVar[bool] = False
+    """Whether a block of the family can go on from the features of the block before it."""
+
     family: str
     """Which module of `dbtrain.models` builds the network, or the full name of a module that registers a family."""
     depth: int = Field(ge=1)
@@ -137,9 +140,10 @@ class ImageModelConfig(_Attention):
 
 
 class ViTConfig(ImageModelConfig):
-    """Vision transformer for classification (Dosovitskiy et al. 2021), pre-norm, conditioned by AdaLN-zero."""
+    """Vision transformer for classification (Dosovitskiy et al. 2021), pre-norm."""
 
     data_kinds = ("image",)
+    relays = True
 
     family: Literal["vit"] = "vit"
     """Which module of `dbtrain.models` builds the network."""

@@ -3,6 +3,7 @@
 ```
 config.yaml  plan.json  events.jsonl  (tokenizer.json, for text)
 blocks/00/attempt.json  blocks/00/workers.jsonl  blocks/00/metrics.jsonl  blocks/00/checkpoints/step-00000500/...
+(blocks/00/relay/step-00000500.safetensors  blocks/01/relay.jsonl, where blocks go on from each other's features)
 model/
 ```
 Starting a run again on its directory resumes it; a directory of another run is refused, the difference shown.
@@ -33,6 +34,7 @@ EVENTS = "events.jsonl"
 ATTEMPT = "attempt.json"
 METRICS = "metrics.jsonl"
 WORKERS = "workers.jsonl"
+RELAY = "relay.jsonl"
 TOKENIZER = "tokenizer.json"
 EVALUATION = "evaluation.json"
 
@@ -111,6 +113,14 @@ class BlockDirectory:
         Lines with an "event" tell of a roll-back, and have no loss.
         """
         return list(_read_lines(self.storage, METRICS))
+
+    def log_relay(self, line: Mapping[str, Any]) -> None:
+        """Append one line to relay.jsonl: from which step on which weights of other blocks are used."""
+        self.storage.append_line(RELAY, _line(line))
+
+    def relay_schedule(self) -> list[dict[str, Any]]:
+        """All lines of relay.jsonl, oldest first."""
+        return list(_read_lines(self.storage, RELAY))
 
     def log_worker(self, facts: Mapping[str, Any]) -> None:
         """Append one line to workers.jsonl, with the time in seconds since 1970: an attempt is ready to train."""

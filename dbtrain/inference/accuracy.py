@@ -89,7 +89,8 @@ def _evaluate_chain(
 ) -> list[tuple[int, float]]:
     """Count every read-out and step for one batch; returns the chain's (block, sigma) steps."""
     noises = classifier.config.chain.start_noises
-    traces = [classifier.trace(images, positions, noise) for noise in range(noises)]
+    features = classifier.features(images)
+    traces = [classifier.walk(features, positions, noise) for noise in range(noises)]
     for name in READOUTS:
         tally.add(name, read_out(traces, name), labels)
     for trace in traces:
@@ -105,7 +106,7 @@ def _evaluate_alone(
     positions: np.ndarray[Any, np.dtype[np.int64]],
     tally: _Tally,
 ) -> None:
-    noise = classifier.start(positions, 0)
+    noise, features = classifier.start(positions, 0), classifier.features(images)
     for index, own in enumerate(classifier.model.ranges):
-        said = classifier.log_probs(images, index, own.high * noise, own.high)
+        said = classifier.log_probs(features[index], index, own.high * noise, own.high)
         tally.add(f"alone {index}", said.exp(), labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from dbtrain.errors import UserError
 from dbtrain.inference.images import ImageLike, as_list, to_tensor
 from dbtrain.model_config import ImageModelConfig
 from dbtrain.models import family_of
+from dbtrain.models.family import RELAYED
 from dbtrain.randomness import derive_key, keyed_uniform
 
 PREDICT_BATCH = 256
@@ -87,7 +89,8 @@ class Classifier:
         name = readout or self.config.chain.readout
         noises = self.config.chain.start_noises if name.endswith("_mean") else 1
         steps = 1 if name.startswith("first") else None
-        traces = [self.trace(images, positions, noise, stop_after=steps) for noise in range(noises)]
+        features = self.features(images, steps)
+        traces = [self.walk(features, positions, noise, stop_after=steps) for noise in range(noises)]
         return read_out(traces, name)
 
     @torch.inference_mode()
@@ -106,10 +109,31 @@ class Classifier:
         stop_after: int | None = None,
     ) -> ChainTrace:
         """Walk the chain once, from starting noise number `noise`; only its first `stop_after` steps when given."""
+        return self.walk(self.features(images, stop_after), positions, noise, stop_after=stop_after)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor, blocks: int | None = None) -> list[Tensor]:
+        """What each block, or each of the first `blocks`, makes of the images; chains from any noise go on from it."""
+        found: list[Tensor] = []
+        for module in self.model.modules[:blocks]:
+            before = {RELAYED: found[-1]} if found else {}
+            found.append(module.features({"image": images, **before}))
+        return found
+
+    @torch.inference_mode()
+    def walk(
+        self,
+        features: Sequence[Tensor],
+        positions: npt.NDArray[np.int64],
+        noise: int,
+        *,
+        stop_after: int | None = None,
+    ) -> ChainTrace:
+        """`trace`, once the images' `features` are there."""
         config, codebook = self.config, self.model.codebook
         assert codebook is not None
         return run_chain(
-            lambda index, z, sigma: self.log_probs(images, index, z, sigma),
+            lambda index, z, sigma: self.log_probs(features[index], index, z, sigma),
             self.model.ranges,
             codebook,
             config.noise,
@@ -120,10 +144,10 @@ class Classifier:
         )
 
     @torch.inference_mode()
-    def log_probs(self, images: Tensor, index: int, z: Tensor, sigma: float) -> Tensor:
-        """What block `index` says of the labels at noise level sigma: (N, classes)."""
-        sigmas = torch.full((len(images),), sigma, device=images.device)
-        logits: Tensor = self.model.modules[index](images, z.float(), sigmas)
+    def log_probs(self, features: Tensor, index: int, z: Tensor, sigma: float) -> Tensor:
+        """What block `index` says of the labels at noise level sigma, given its `features`: (N, classes)."""
+        sigmas = torch.full((len(features),), sigma, device=features.device)
+        logits: Tensor = cast(Any, self.model.modules[index]).denoise(features, z.float(), sigmas)
         return logits.float().log_softmax(dim=-1)
 
     def start(self, positions: npt.NDArray[np.int64], noise: int) -> Tensor:

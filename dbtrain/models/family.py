@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from dbtrain.config import RunConfig
 from dbtrain.diffusion.partition import partition, widen
 from dbtrain.errors import UserError
-from dbtrain.plan import DatasetFacts, NoiseRange, split_layers
+from dbtrain.plan import DatasetFacts, Kind, NoiseRange, split_layers
 
 Batch = Mapping[str, Tensor]
 """Named tensors with one row a sample: image (N, C, H, W) and label (N,), or tokens (N, L)."""
 Draw = Mapping[str, Tensor]
 """What a loss needs of chance, one row a sample, e.g. sigma (N,) and eps (N, d)."""
+RELAYED = "relayed"
+"""Name in a batch of the features that a relayed block goes on from."""
 Task = Literal["classify", "generate_images", "generate_text", "unmask_text"]
 """How an assembled model is used; docs/adding-a-family.md says what each asks of the modules."""
 Scaling = tuple[Sequence[float], Sequence[float]]
@@ -45,6 +47,13 @@ class TrainableModule(nn.Module, ABC):
     def example_draw(self, batch_size: int) -> Draw:
         """What the planner sizes a step by, on the CPU: a draw; where sizes are left to chance, one of mean size."""
         return self.draw(batch_size, torch.Generator("cpu"))
+
+    def features(self, batch: Batch) -> Tensor:
+        """What a block's layers make of a batch, one row a sample, where that depends on no noise and on no target.
+
+        Where blocks relay, the next block goes on from it: all but the first find `RELAYED` in the batch.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def training_loss(self, batch: Batch, draw: Draw) -> Tensor:
@@ -89,7 +98,8 @@ class Family(ABC):
         ranges = partition(config.noise, config.blocks)
         trained = widen(ranges, config.blocks.overlap, config.noise)
         return [
-            Piece((first, end), own, wide, end - first)
+            # A relayed block also evaluates, forward only, all layers before its own.
+            Piece((first, end), own, wide, end if relayed(config, (first, end)) else end - first, end - first)
             for (first, end), own, wide in zip(layers, ranges, trained, strict=True)
         ]
 
@@ -138,6 +148,25 @@ _FAMILIES: dict[str, Family] = {}
 def register(family: Family) -> None:
     """Make a family known under its name."""
     _FAMILIES[family.name] = family
+
+
+def relays(config: RunConfig, kind: Kind) -> bool:
+    """Whether the blocks of such a run go on from each other's features."""
+    return config.blocks.relay_every is not None and kind == "blocks"
+
+
+def relayed(config: RunConfig, layers: tuple[int, int]) -> bool:
+    """Whether the block with these layers goes on from the features of the block before it."""
+    return config.blocks.relay_every is not None and layers[0] > 0
+
+
+@torch.no_grad()
+def features_before(modules: Sequence[TrainableModule], batch: Batch) -> Tensor:
+    """What the last of `modules`, the first blocks of a network, hands on of a batch; each goes on from another."""
+    passed: dict[str, Tensor] = {}
+    for module in modules:
+        passed = {RELAYED: module.features({**batch, **passed})}
+    return passed[RELAYED]
 
 
 def family_of(config: RunConfig) -> Family:

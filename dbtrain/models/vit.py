@@ -1,7 +1,7 @@
 """Vision transformer classifiers: the denoising block, and the end-to-end network on the same layers.
 
 A block sees an image x and a noisy code z = y + sigma * eps of its label (y a row of the frozen codebook) and predicts
-the label's distribution. The code takes the place of the class token; the head reads the answer off that token.
+the label's distribution. Its layers work on the image alone; a reader that knows z and sigma makes the answer of it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ from dbtrain.diffusion.codebook import make_codebook
 from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.diffusion.precondition import c_in, c_noise, weights
 from dbtrain.model_config import ViTConfig
-from dbtrain.models.family import Batch, Draw, Family, TrainableModule, register
-from dbtrain.models.layers import FinalNorm, NoiseEmbedding, TransformerLayer, apply_layers, initialise, patchify
+from dbtrain.models.family import RELAYED, Batch, Draw, Family, TrainableModule, register, relayed
+from dbtrain.models.layers import (
+    FinalNorm,
+    NoiseEmbedding,
+    TransformerLayer,
+    apply_layers,
+    initialise,
+    modulate,
+    patchify,
+)
 from dbtrain.plan import NoiseRange
 
 
@@ -36,40 +44,104 @@ class PatchStem(nn.Module):
         return tokens + self.positions
 
 
+class CodeReader(nn.Module):
+    """One token, the noisy code of the label, reads what the layers have made of the image's tokens.
+
+    All that depends on the noise is in here: given the label, its noisy code says nothing more of the image, so
+    p(y | x, z, sigma) is p(y | x) times what z says, and the layers need not know z (docs/lab-notes.md, 2026-11-29).
+    """
+
+    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.empty(width))
+        self.code_stem = nn.Linear(width, width)
+        self.noise_embedding = NoiseEmbedding(width)
+        self.norm_image = nn.LayerNorm(width)
+        self.norm_code = nn.LayerNorm(width, elementwise_affine=False)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width))
+        self.dropout = nn.Dropout(dropout)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.norm = FinalNorm(width, conditioned=True)
+
+    def initialise(self) -> None:
+        """First weights that are not those of every matrix."""
+        nn.init.trunc_normal_(self.query, std=0.02)
+        # A small start, or unit noise drowns what attention brings to this token from the image.
+        nn.init.trunc_normal_(self.code_stem.weight, std=0.02)
+
+    def forward(self, image_ntd: Tensor, z_nd: Tensor, c_noise_n: Tensor) -> Tensor:
+        """(N, width), normed for the head; `z_nd` is scaled by c_in."""
+        condition = self.noise_embedding(c_noise_n)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
+        token = self.query + self.code_stem(z_nd)
+        hidden = self._attend(modulate(self.norm_code(token), shift_a, scale_a), self.norm_image(image_ntd))
+        token = token + (1 + gate_a) * self.dropout(hidden)
+        hidden = self.mlp(modulate(self.norm_mlp(token), shift_m, scale_m))
+        token = token + (1 + gate_m) * self.dropout(hidden)
+        normed: Tensor = self.norm(token, condition)
+        return normed
+
+    def _attend(self, token_nd: Tensor, image_ntd: Tensor) -> Tensor:
+        n, t, width = image_ntd.shape
+        q_nh1k = self.q(token_nd).view(n, self.heads, 1, -1)
+        k_nhtk, v_nhtk = self.kv(image_ntd).view(n, t, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q_nh1k, k_nhtk, v_nhtk)
+        out: Tensor = self.out(mixed.reshape(n, width))
+        return out
+
+
 class ViTBlock(TrainableModule):
-    """One denoising block, complete: private stem and noise embedding, its layers, private head."""
+    """One denoising block, complete: private stem, its layers over the image's tokens, private reader and head."""
 
     codebook: Tensor
 
-    def __init__(self, config: RunConfig, num_layers: int, trained: NoiseRange, codebook: Tensor):
-        """`trained` is the range of noise levels the loss draws from; `codebook` (classes, width) is frozen."""
+    def __init__(
+        self, config: RunConfig, num_layers: int, trained: NoiseRange, codebook: Tensor, relayed: bool = False
+    ):
+        """`trained` is the range of noise levels the loss draws from; `codebook` (classes, width) is frozen. A
+        `relayed` block takes up what the block before it has made of the image."""
         super().__init__()
         model, self.noise = _model(config), config.noise
         self.trained = trained
         self.distribution = NoiseDistribution.from_config(config.noise)
         self.stem = PatchStem(model)
-        self.code_stem = nn.Linear(model.width, model.width)
-        self.noise_embedding = NoiseEmbedding(model.width)
+        self.relay_norm = nn.LayerNorm(model.width) if relayed else None
         self.dropout = nn.Dropout(model.dropout)
         self.layers = nn.ModuleList(
-            TransformerLayer(model.width, model.heads, model.mlp_width, model.dropout, conditioned=True)
+            TransformerLayer(model.width, model.heads, model.mlp_width, model.dropout, conditioned=False)
             for _ in range(num_layers)
         )
-        self.norm = FinalNorm(model.width, conditioned=True)
+        self.reader = CodeReader(model.width, model.heads, model.mlp_width, model.dropout)
         self.head = nn.Linear(model.width, model.num_classes)
         self.register_buffer("codebook", codebook, persistent=False)
         initialise(self)
-        # A small start, or unit noise drowns what attention brings to this token from the patches.
-        nn.init.trunc_normal_(self.code_stem.weight, std=0.02)
+        self.reader.initialise()
+
+    def features(self, batch: Batch) -> Tensor:
+        """What the layers make of the image, (N, T, width); a relayed block adds what the one before has made of it."""
+        tokens = self.stem(batch["image"])
+        if self.relay_norm is not None:
+            tokens = tokens + self.relay_norm(batch[RELAYED])
+        features: Tensor = apply_layers(self.layers, self.dropout(tokens), recompute=self.recompute)
+        return features
+
+    def denoise(self, features_ntd: Tensor, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
+        """Logits (N, classes), given the image's features and the label's code at noise level sigma (N,)."""
+        scaled = c_in(sigma_n, self.noise.sigma_data)[:, None] * z_nd
+        logits: Tensor = self.head(self.reader(features_ntd, scaled, c_noise(sigma_n)))
+        return logits
 
     def forward(self, image_nchw: Tensor, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
-        """Logits (N, classes) of the label, given the image and its label's code at noise level sigma (N,)."""
-        condition = self.noise_embedding(c_noise(sigma_n))
-        code = self.code_stem(c_in(sigma_n, self.noise.sigma_data)[:, None] * z_nd)
-        tokens = self.dropout(torch.cat([code[:, None], self.stem(image_nchw)], dim=1))
-        tokens = apply_layers(self.layers, tokens, condition, recompute=self.recompute)
-        logits: Tensor = self.head(self.norm(tokens[:, 0], condition))
-        return logits
+        """Logits (N, classes) of the label, given the image and its label's code at noise level sigma (N,).
+
+        Of a block that is not relayed; the others need `features` of a batch that says what they go on from.
+        """
+        return self.denoise(self.features({"image": image_nchw}), z_nd, sigma_n)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
         """sigma (N,) from the training range and eps (N, width) from N(0, I)."""
@@ -81,7 +153,7 @@ class ViTBlock(TrainableModule):
         """Weighted cross-entropy of the label; the weight is each sample's own (method of Karras et al. 2022)."""
         sigma = draw["sigma"]
         z = self.codebook[batch["label"]] + sigma[:, None] * draw["eps"]
-        logits = self(batch["image"], z, sigma)
+        logits = self.denoise(self.features(batch), z, sigma)
         loss = F.cross_entropy(logits.float(), batch["label"], reduction="none")
         return (weights(self.noise.weight, sigma, self.noise.sigma_data) * loss).mean()
 
@@ -138,7 +210,7 @@ class ViTFamily(Family):
     ) -> ViTBlock:
         """A block of `layers[1] - layers[0]` layers."""
         assert codebook is not None
-        return ViTBlock(config, layers[1] - layers[0], trained, codebook)
+        return ViTBlock(config, layers[1] - layers[0], trained, codebook, relayed(config, layers))
 
     def build_end_to_end(self, config: RunConfig) -> ViTEndToEnd:
         """The baseline."""

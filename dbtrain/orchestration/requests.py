@@ -139,6 +139,8 @@ def why_not_scale(config: RunConfig, state: CoordinatorState, request: Request) 
         )
     if config.blocks.stem == "averaged" and request.replicas > 1:
         return "a block whose stem is averaged has one worker"
+    if config.blocks.relay_every is not None and request.replicas > 1:
+        return "a block that goes on from other blocks' features has one worker"
     if config.resources.gpus % 1 and request.replicas > 1:
         return f"workers that train a block together need whole GPUs, and resources.gpus is {config.resources.gpus:g}"
     blocks = [state.blocks[index] for index in named_blocks(state, request)]

@@ -7,7 +7,9 @@ saves depends on the kernels and on autocast, so activations are counted on fake
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from dbtrain.config import RunConfig
 from dbtrain.diffusion.codebook import digest
 from dbtrain.errors import CorruptData
 from dbtrain.models import Family, Piece, TrainableModule, family_of
+from dbtrain.models.family import RELAYED, features_before, relays
 from dbtrain.models.layers import layers_of
 from dbtrain.plan import BlockPlan, Bytes, DatasetFacts, Kind, NoiseRange, Plan
 from dbtrain.training.stem import averages_stems, check_same_stems
@@ -37,12 +40,14 @@ def make_plan(config: RunConfig, kind: Kind = "blocks", data: DatasetFacts | Non
     if averages_stems(config, kind):
         check_same_stems([build_on_meta(family, config, p.layers, p.trained, codebook) for p in pieces])
     blocks = []
-    measured: dict[int, tuple[int, Bytes, int]] = {}  # by number of layers: the noise range changes no size
+    measured: dict[tuple[tuple[int, int], ...], tuple[int, Bytes, int]] = {}  # the noise range changes no size
     for index, piece in enumerate(pieces):
+        before = pieces[:index] if relays(config, kind) else []
         size = piece.layers[1] - piece.layers[0]
-        if size not in measured:
-            measured[size] = _measure(family, config, piece, codebook)
-        parameters, resident, flops = measured[size]
+        same = (*(earlier.layers for earlier in before), (0, size))
+        if same not in measured:
+            measured[same] = _measure(family, config, piece, before, codebook)
+        parameters, resident, flops = measured[same]
         blocks.append(
             BlockPlan(
                 index=index,
@@ -163,18 +168,25 @@ def build_module(
     return module
 
 
-def _measure(family: Family, config: RunConfig, piece: Piece, codebook: Tensor | None) -> tuple[int, Bytes, int]:
-    """Parameters of a piece, its bytes at the configured micro-batch, and FLOPs a sample."""
+def _measure(
+    family: Family, config: RunConfig, piece: Piece, before: Sequence[Piece], codebook: Tensor | None
+) -> tuple[int, Bytes, int]:
+    """Parameters of a piece, its bytes at the configured micro-batch, and FLOPs a sample.
+
+    Where blocks relay, `before` are the pieces whose weights it holds, too, to compute their features.
+    """
     module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
+    others = [build_on_meta(family, config, other.layers, other.trained, codebook) for other in before]
     resources = config.resources
     micro_batch = config.training.batch_size // config.training.accumulate // resources.replicas
     parameters = list(module.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in module.buffers())
+    frozen = [*module.buffers(), *(p for other in others for p in other.parameters())]
+    buffers = sum(tensor.numel() * tensor.element_size() for tensor in frozen)
     # DDP keeps all on every replica, and its buckets are the gradients themselves.
     ways = resources.replicas if resources.shard else 1
     weights = sum(_part_bytes(p, ways) for p in parameters)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        _loss(family, config, module, micro_batch).backward()  # type: ignore[no-untyped-call]
+        _loss(family, config, module, others, micro_batch).backward()  # type: ignore[no-untyped-call]
     return (
         sum(p.numel() for p in parameters),
         Bytes(
@@ -184,7 +196,7 @@ def _measure(family: Family, config: RunConfig, piece: Piece, codebook: Tensor |
             # AdamW: two moments a weight, and one float32 step counter a tensor.
             optimiser=2 * weights + 4 * len(parameters),
             ema=weights if config.ema.half_life > 0 else 0,
-            activations=_activation_bytes(family, config, piece, codebook, micro_batch),
+            activations=_activation_bytes(family, config, piece, others, codebook, micro_batch),
             gathered=_gathered_bytes(module) if resources.shard else 0,
         ),
         int(counter.get_total_flops()) // micro_batch,
@@ -210,21 +222,32 @@ def _gathered_bytes(module: TrainableModule) -> int:
 
 
 def _activation_bytes(
-    family: Family, config: RunConfig, piece: Piece, codebook: Tensor | None, micro_batch: int
+    family: Family,
+    config: RunConfig,
+    piece: Piece,
+    others: Sequence[TrainableModule],
+    codebook: Tensor | None,
+    micro_batch: int,
 ) -> int:
     """Most bytes that autograd holds at once for the way back."""
     module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
-    saved = _saved_bytes(family, config, module, micro_batch)
+    saved = _saved_bytes(family, config, module, others, micro_batch)
     if not config.training.recompute:
         return saved
     # Beside what is kept, one layer's own activations come back while its gradients are computed.
     module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
     module.recompute = False
-    whole = _saved_bytes(family, config, module, micro_batch)
+    whole = _saved_bytes(family, config, module, others, micro_batch)
     return saved + (whole - saved) // round(piece.kept or piece.evaluations)
 
 
-def _saved_bytes(family: Family, config: RunConfig, module: TrainableModule, micro_batch: int) -> int:
+def _saved_bytes(
+    family: Family,
+    config: RunConfig,
+    module: TrainableModule,
+    others: Sequence[TrainableModule],
+    micro_batch: int,
+) -> int:
     """Bytes of the distinct storages that autograd keeps between forward and backward, parameters left out."""
     saved: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
 
@@ -234,20 +257,30 @@ def _saved_bytes(family: Family, config: RunConfig, module: TrainableModule, mic
             saved[storage._cdata] = storage
         return tensor
 
+    copies = [copy.deepcopy(other) for other in others]
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = module.to_empty(device="cpu")
+        before = [other.to_empty(device="cpu") for other in copies]
         own = {t.untyped_storage()._cdata for t in [*fake.parameters(), *fake.buffers()]}
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bfloat16"),
         ):
-            _loss(family, config, fake, micro_batch)
+            _loss(family, config, fake, before, micro_batch)
     return sum(storage.nbytes() for storage in saved.values())
 
 
-def _loss(family: Family, config: RunConfig, module: TrainableModule, micro_batch: int) -> Tensor:
-    """The training loss of an example batch, on the module's device."""
+def _loss(
+    family: Family,
+    config: RunConfig,
+    module: TrainableModule,
+    before: Sequence[TrainableModule],
+    micro_batch: int,
+) -> Tensor:
+    """The training loss of an example batch, on the module's device; `before` are the blocks it goes on from."""
     device = next(module.parameters()).device
     batch = family.example_batch(config, micro_batch)
+    if before:
+        batch = {**batch, RELAYED: features_before(before, batch)}
     draw = module.example_draw(micro_batch)
     return module.training_loss(batch, {name: value.to(device) for name, value in draw.items()})

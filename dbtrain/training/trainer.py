@@ -22,6 +22,7 @@ from dbtrain.data.order import SampleOrder
 from dbtrain.data.shards import ShardSet
 from dbtrain.errors import CorruptData, NoRoom, UserError
 from dbtrain.models import Batch, Draw, family_of
+from dbtrain.models.family import relays
 from dbtrain.randomness import derive_key, generator, step_key
 from dbtrain.run_directory import RunDirectory, StaleAttempt
 from dbtrain.training.averaging import StemAverager
@@ -39,6 +40,7 @@ from dbtrain.training.optimisation import (
 )
 from dbtrain.training.planner import check_plan, origin
 from dbtrain.training.progress import Progress
+from dbtrain.training.relay import Relay
 from dbtrain.training.rollback import NonFiniteError, Rollbacks, StepGuard, check_weights
 from dbtrain.training.room import Room
 from dbtrain.training.seat import Seat
@@ -114,6 +116,7 @@ class BlockTrainer:
         self._metrics = MetricsLog(self._directory, attempt)
         self._saved_step = 0
         self._loss_sum = torch.zeros((), device=self.device)
+        self._relay = Relay(run, index, attempt, self._room, self.device) if relays(config, plan.kind) else None
         self._stems: StemAverager | None = None
         if averages_stems(config, plan.kind):
             assert self.seat.meeting is not None, "a backend without a meeting place refuses averaged stems"
@@ -180,6 +183,9 @@ class BlockTrainer:
             try:
                 if telling:
                     self._guard.check(self.index)
+                if self._relay is not None and self._relay.publishes(self.step):
+                    self._guard.check(self.index)
+                    self._relay.publish(self.step, self.module, self.ema)
                 if self._is_regular(self.step):
                     yield from self._wait_for_room(loss, rate)
                     self._save()
@@ -239,7 +245,9 @@ class BlockTrainer:
     def _train_step(self) -> Tensor:
         """One optimiser step; returns the gradients' norm, on the device."""
         config, cursor = self.config, self._cursor
-        batch = self._loader.batch(cursor)
+        batch: Batch = self._loader.batch(cursor)
+        if self._relay is not None:
+            batch = self._relay.enter(batch, self.step)
         draw = self.module.draw(
             self.plan.batch_size,
             generator(step_key(config.seed, "noise", block=self.index, step=cursor), self.device),

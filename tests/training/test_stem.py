@@ -19,7 +19,7 @@ from dbtrain.training.stem import check_backend_meets, check_same_stems, stem_of
 SmallConfig = Callable[..., RunConfig]
 
 STEMS = {
-    "vit": {"stem", "code_stem", "noise_embedding", "norm", "head"},
+    "vit": {"stem", "reader", "head"},
     "dit": {"stem", "noise_embedding", "label_embedding", "norm", "head"},
     "causal_lm": {"embed_tokens", "norm", "lm_head", "code_stem", "noise_embedding", "norm_modulation"},
     "recurrent_lm": {"embed_tokens", "norm", "lm_head", "code_stem", "noise_embedding", "norm_modulation", "prelude"},

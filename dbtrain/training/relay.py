@@ -1,0 +1,144 @@
+"""Relay: a block goes on from what the blocks before it make of a sample, by weights left in the run's folder.
+
+Every `blocks.relay_every` steps a block publishes its weights (averaged ones, where the run keeps them), and looks for
+those of the blocks before it. It computes their features itself, forward only: nobody waits for anybody, and the death
+of a worker costs the others nothing but newer features.
+
+```
+blocks/00/relay/step-00000500.safetensors   weights for the blocks after this one, kept to the end of the run
+blocks/01/relay.jsonl                       which of them block 1 used, from which of its own steps on
+```
+A block's bytes are a function of the configuration and of relay.jsonl, which is written before what it says is used:
+whoever resumes does the same as before. A block at step s takes what others published at least one interval earlier in
+their own steps, so that blocks of about equal speed all do what the plain case does: one process, block after block.
+
+Sources: decoupled greedy learning (Belilovsky et al. 2020), with the blocks' denoising loss as the local one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dbtrain.errors import CorruptData
+from dbtrain.models import Batch, TrainableModule, family_of
+from dbtrain.models.family import RELAYED, features_before
+from dbtrain.run_directory import BlockDirectory, RunDirectory
+from dbtrain.training.ema import EMA
+from dbtrain.training.initial import initial_module
+from dbtrain.training.room import Room
+
+_FOLDER = "relay"
+_Seen = dict[int, int]  # by block before: the step whose weights are used, 0 for those it starts with
+
+_log = logging.getLogger(__name__)
+
+
+class Relay:
+    """One block's part: it publishes for those after it, and computes the features of those before it."""
+
+    def __init__(self, run: RunDirectory, index: int, attempt: int, room: Room, device: torch.device):
+        """Builds the blocks before `index`, without gradients, in evaluation mode, with their first weights."""
+        every = run.config.blocks.relay_every
+        assert every is not None
+        self._every, self._index, self._attempt, self._room = every, index, attempt, room
+        self._directory, self._last = run.block(index), index == len(run.plan.blocks) - 1
+        self._sources = [run.block(source) for source in range(index)]
+        self._first: list[dict[str, Tensor]] = []
+        self._modules: list[TrainableModule] = []
+        codebook = family_of(run.config).codebook(run.config)
+        for source in range(index):
+            module = initial_module(run.config, run.plan, source, codebook).eval().requires_grad_(False)
+            self._first.append({name: value.clone() for name, value in module.named_parameters()})
+            self._modules.append(module.to(device))
+        self._loaded: _Seen = dict.fromkeys(range(index), 0)
+        self._at: int | None = None
+        self._schedule = _read_schedule(self._directory)
+
+    def enter(self, batch: Batch, step: int) -> Batch:
+        """The batch of the step after `step` finished ones, with the features that the block goes on from."""
+        if not self._modules:
+            return batch
+        due = step - step % self._every
+        if due != self._at:
+            self._refresh(due)
+        return {**batch, RELAYED: features_before(self._modules, batch)}
+
+    def publishes(self, step: int) -> bool:
+        """Whether it is time after `step` finished steps, and somebody may want the weights."""
+        return not self._last and step % self._every == 0
+
+    def publish(self, step: int, module: TrainableModule, ema: EMA | None) -> None:
+        """Leave the block's weights of `step` for those after it: what the assembly would take by default.
+
+        Raises:
+            NoRoom: the disk is full, and nobody waits for room any longer.
+            StaleAttempt: the block belongs to a newer attempt.
+        """
+        weights = dict(module.named_parameters()) if ema is None else ema.tensors()
+        data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
+        sealed = hashlib.sha256(data).digest() + data
+        self._directory.check_fence(self._attempt)
+        self._room.write(lambda: self._directory.storage.sub(_FOLDER).write_atomic(_file(step), sealed))
+
+    def _refresh(self, due: int) -> None:
+        seen = self._schedule.get(due)
+        if seen is None or not all(self._take(source, step) for source, step in seen.items()):
+            if seen is not None:
+                _log.warning(
+                    "block %d: weights that step %d was trained with are gone; taking others", self._index, due
+                )
+            seen = {source: self._newest(source, due - self._every) for source in range(self._index)}
+            self._directory.check_fence(self._attempt)
+            line = {"step": due, "seen": {str(source): step for source, step in seen.items()}}
+            self._room.write(lambda: self._directory.log_relay(line))
+            self._schedule[due] = seen
+        self._at = due
+
+    def _newest(self, source: int, until: int) -> int:
+        """Take the newest intact weights of a block that it published up to its step `until`; returns their step."""
+        names = self._sources[source].storage.sub(_FOLDER).list()
+        steps = sorted((step for name in names if (step := _step_of(name)) is not None and step <= until), reverse=True)
+        return next(step for step in [*steps, 0] if self._take(source, step))
+
+    def _take(self, source: int, step: int) -> bool:
+        """Load what a block published at a step of its own; False if it is not there."""
+        if self._loaded[source] == step:
+            return True
+        weights = self._first[source] if step == 0 else _read(self._sources[source], step)
+        if weights is None:
+            return False
+        with torch.no_grad():
+            for name, parameter in self._modules[source].named_parameters():
+                parameter.copy_(weights[name])
+        self._loaded[source] = step
+        return True
+
+
+def _file(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
+
+
+def _step_of(name: str) -> int | None:
+    digits = name.removeprefix("step-").removesuffix(".safetensors")
+    return int(digits) if digits.isdigit() and name == _file(int(digits)) else None
+
+
+def _read(source: BlockDirectory, step: int) -> dict[str, Tensor] | None:
+    try:
+        sealed = source.storage.sub(_FOLDER).read_bytes(_file(step))
+    except FileNotFoundError:
+        return None
+    if hashlib.sha256(sealed[32:]).digest() != sealed[:32]:
+        _log.warning("%s", CorruptData(f"{source.storage.uri}/{_FOLDER}/{_file(step)} is damaged and left out"))
+        return None
+    return safetensors.torch.load(sealed[32:])
+
+
+def _read_schedule(directory: BlockDirectory) -> dict[int, _Seen]:
+    lines = directory.relay_schedule()
+    return {line["step"]: {int(source): step for source, step in line["seen"].items()} for line in lines}

@@ -1,0 +1,175 @@
+"""Relay: blocks that go on from each other's features, through the run's folder and by nobody's leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbtrain.assembly.assemble import assemble
+from dbtrain.assembly.loading import load_model
+from dbtrain.config import RunConfig
+from dbtrain.errors import UserError
+from dbtrain.inference.classify import Classifier
+from dbtrain.models.family import features_before
+from dbtrain.orchestration.driver import Snapshot
+from dbtrain.orchestration.run import train_run
+from dbtrain.orchestration.state import BlockState
+from dbtrain.orchestration.stopping import StopToken
+from dbtrain.run_directory import RunDirectory
+from dbtrain.training.planner import make_plan
+from dbtrain.training.trainer import BlockTrainer
+
+SmallConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def config(small_config: SmallConfig) -> RunConfig:
+    return small_config(blocks={"relay_every": 10}, training={"steps": 60}, checkpoints={"every": 25})
+
+
+def _digest(config: RunConfig, run: Path, **options: object) -> str:
+    result = train_run(config, run, backend="inline", **options)  # type: ignore[arg-type]
+    assert all(block.state is BlockState.FINISHED for block in result.blocks), result
+    return assemble(RunDirectory.open(run)).sha256
+
+
+def _seen(run: Path, block: int) -> dict[int, dict[str, int]]:
+    return {line["step"]: line["seen"] for line in RunDirectory.open(run).block(block).relay_schedule()}
+
+
+def test_a_block_takes_what_was_published_one_interval_before(config: RunConfig, tmp_path: Path) -> None:
+    _digest(config, tmp_path / "run")
+    assert _seen(tmp_path / "run", 0) == {}
+    assert _seen(tmp_path / "run", 2) == {
+        step: {"0": max(0, step - 10), "1": max(0, step - 10)} for step in range(0, 60, 10)
+    }
+
+
+def test_a_predecessor_that_is_behind_or_damaged_is_not_waited_for(config: RunConfig, tmp_path: Path) -> None:
+    """Block 1 trains before block 0, and so from its first weights; block 2 finds all of both, but one damaged file."""
+    run = tmp_path / "run"
+    _digest(config, run, order=[1, 0, 2])
+    assert _seen(run, 1) == {step: {"0": 0} for step in range(0, 60, 10)}
+    again = tmp_path / "again"
+    token = StopToken()
+
+    class Damage:
+        def update(self, snapshot: Snapshot) -> None:
+            if snapshot.blocks[0].state is BlockState.FINISHED and not token.requested:
+                path = again / "blocks/00/relay/step-00000030.safetensors"
+                path.write_bytes(path.read_bytes()[:-1] + b"?")
+                token.request()
+
+    train_run(config, again, backend="inline", watch=Damage(), stop=token)
+    _digest(config, again)
+    assert [seen["0"] for seen in _seen(again, 2).values()] == [0, 0, 10, 20, 20, 40]
+
+
+def test_stopped_and_started_again_to_the_byte(config: RunConfig, tmp_path: Path) -> None:
+    expected = _digest(config, tmp_path / "plain")
+    run, token = tmp_path / "stopped", StopToken()
+
+    class Stop:
+        def update(self, snapshot: Snapshot) -> None:
+            if snapshot.blocks[1].step >= 30:
+                token.request()
+
+    assert train_run(config, run, backend="inline", watch=Stop(), stop=token).stopped
+    assert _digest(config, run) == expected
+
+
+def test_the_same_schedule_gives_the_same_bytes(config: RunConfig, tmp_path: Path) -> None:
+    """Whatever was there when a block looked: who follows its relay.jsonl gets its bytes."""
+    expected = _digest(config, tmp_path / "plain")
+    odd, followed = tmp_path / "odd", tmp_path / "followed"
+    other = _digest(config, odd, order=[1, 0, 2])
+    assert other != expected
+    train_run(config, followed, backend="inline", stop=_at_once())
+    (followed / "blocks/01").mkdir(parents=True, exist_ok=True)
+    (followed / "blocks/01/relay.jsonl").write_bytes((odd / "blocks/01/relay.jsonl").read_bytes())
+    assert _digest(config, followed) == other
+
+
+def _at_once() -> StopToken:
+    token = StopToken()
+    token.request()
+    return token
+
+
+def test_the_assembled_chain_sees_the_features_that_training_saw(config: RunConfig, tmp_path: Path) -> None:
+    _digest(config, tmp_path / "run")
+    model = load_model(str(tmp_path / "run"))
+    images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = features_before(model.modules[:2], {"image": images})
+    torch.testing.assert_close(Classifier(model).features(images)[1], expected)
+
+
+def test_planned_bytes_hold_the_blocks_before(config: RunConfig, small_config: SmallConfig, tmp_path: Path) -> None:
+    plan, alone = make_plan(config), make_plan(small_config())
+    first, second, third = plan.blocks
+    assert first.bytes == alone.blocks[0].bytes
+    held = first.bytes.parameters + second.bytes.parameters
+    assert third.bytes.buffers == alone.blocks[2].bytes.buffers + held
+    assert [block.evaluations for block in plan.blocks] == [first.layers[1], second.layers[1], third.layers[1]]
+    assert third.flops_per_sample > second.flops_per_sample > alone.blocks[1].flops_per_sample
+    assert make_plan(config, "end_to_end").steps > config.training.steps  # forward passes count as evaluations
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        ("dit", {"blocks": {"relay_every": 5}}, "is not for family 'dit'"),
+        ("vit", {"blocks": {"relay_every": 5, "count": 1}}, "needs more than the one block"),
+        ("vit", {"blocks": {"relay_every": 5, "stem": "averaged"}}, "does not go with blocks.stem 'averaged'"),
+        ("vit", {"blocks": {"relay_every": 5}, "resources": {"replicas": 2}}, "has one worker a block"),
+    ],
+)
+def test_what_relay_does_not_go_with(
+    family_config: Callable[..., RunConfig], family: str, changes: dict[str, object], problem: str
+) -> None:
+    with pytest.raises((UserError, ValueError), match=problem):
+        family_config(family, **changes)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.slow
+def test_on_ray_with_a_worker_killed(config: RunConfig, tmp_path: Path) -> None:
+    """A killed predecessor holds nobody up; whatever schedule that gave, following it gives the same bytes."""
+    longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 400})})
+    killed: list[int] = []
+
+    class Kill:
+        def update(self, snapshot: Snapshot) -> None:
+            status = snapshot.blocks[0]
+            if not killed and status.state is BlockState.RUNNING and status.step >= 30:
+                assert status.pid is not None
+                os.kill(status.pid, signal.SIGKILL)
+                killed.append(status.pid)
+
+    run, followed = tmp_path / "ray", tmp_path / "followed"
+    result = train_run(longer, run, backend="ray", watch=Kill())
+    assert killed
+    assert [block.restarts for block in result.blocks] == [1, 0, 0]
+    expected = assemble(RunDirectory.open(run)).sha256
+    train_run(longer, followed, backend="inline", stop=_at_once())
+    for block in ("01", "02"):
+        (followed / f"blocks/{block}").mkdir(parents=True, exist_ok=True)
+        (followed / f"blocks/{block}/relay.jsonl").write_bytes((run / f"blocks/{block}/relay.jsonl").read_bytes())
+    assert _digest(longer, followed) == expected
+
+
+def test_the_trainer_shows_its_block_the_features_before(config: RunConfig, tmp_path: Path) -> None:
+    """The first layer after the stem of block 1 must feel what block 0 hands on."""
+    _digest(config, tmp_path / "run")
+    trainer = BlockTrainer(RunDirectory.open(tmp_path / "run"), 1, 99)
+    assert trainer._relay is not None
+    batch = trainer._relay.enter({"image": torch.randn(4, 1, 8, 8)}, 50)
+    with_them = trainer.module.features(batch)
+    without = trainer.module.features({**batch, "relayed": torch.randn_like(batch["relayed"])})
+    assert (with_them - without).abs().max() > 1e-3
+    trainer.close()
