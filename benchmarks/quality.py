@@ -28,7 +28,7 @@ from dbtrain.run_directory import RunDirectory
 
 
 class RunFailed(Exception):
-    """A run that did not come to its end; `str()` says which block and why."""
+    """A run that did not come to its end; `str()` says which block was the first, and why."""
 
 
 def train_one(config: RunConfig, kind: Kind, folder: Path, backend: BackendName = "inline") -> RunDirectory:
@@ -40,7 +40,10 @@ def train_one(config: RunConfig, kind: Kind, folder: Path, backend: BackendName 
     result = train_run(config, folder, kind, backend)
     if not result.ok:
         unfinished = [block for block in result.blocks if block.state is not BlockState.FINISHED]
-        raise RunFailed("; ".join(f"block {b.index} {b.state.value}: {b.reason or b.step}" for b in unfinished))
+        first = unfinished[0]
+        others = f" (and {len(unfinished) - 1} more)" if len(unfinished) > 1 else ""
+        reason = first.reason or f"at step {first.step}"
+        raise RunFailed(f"block {first.index} {first.state.value}{others}: {reason}")
     return RunDirectory.open(str(folder))
 
 

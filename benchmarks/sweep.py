@@ -130,7 +130,7 @@ def _figure(row: RowOutcome, name: str) -> str:
 
 
 def _cells(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
 def sweep(arguments: argparse.Namespace) -> int:
