@@ -29,7 +29,7 @@ from sweep_file import ROOT, SweepFile, expand, read_sweep
 from sweep_runs import RowOutcome, run_all
 
 import dbtrain
-from dbtrain.errors import RunInterrupted, UserError
+from dbtrain.errors import UserError
 from dbtrain.orchestration.ray_cluster import connect
 from dbtrain.storage import Storage
 
@@ -168,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(mistake).splitlines():
             print(f"sweep: {line}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, RunInterrupted) as stopped:
-        print(f"sweep: {stopped or 'interrupted'}; the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("sweep: interrupted; the same command goes on", file=sys.stderr)
         return 1
 
 

@@ -141,16 +141,29 @@ def run_all(rows: Sequence[RowJobs], folder: Path, say: Say) -> list[RowOutcome]
         rows: from `sweep_file.expand`.
         folder: an absolute path that all nodes see.
         say: gets a line for every run that is over.
+
+    Raises:
+        UserError: a run wants more GPUs than the cluster has, and would wait for ever.
     """
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    have = resources.get("GPU", 0.0)
+    for job in (job for row in rows for reported in row.reported.values() for job in reported):
+        if job.config.resources.gpus > have:
+            raise UserError(
+                f"asks for more GPUs than the {have:g} of the Ray cluster",
+                field=f"row {job.row!r}: resources.gpus",
+                value=job.config.resources.gpus,
+            )
     outcomes = {jobs.row.name: RowOutcome(jobs) for jobs in rows}
     total = sum(len(jobs.tuning) + len(next(iter(jobs.reported.values()))) for jobs in rows)
     done = 0
     waiting: dict[Any, Job] = {}
+    task = ray.remote(measure)
 
     def submit(jobs: Sequence[Job]) -> None:
         for job in jobs:
-            task = ray.remote(measure).options(num_cpus=1, num_gpus=job.config.resources.gpus)
-            waiting[task.remote(job, folder / job.folder)] = job
+            sized = task.options(num_cpus=1, num_gpus=job.config.resources.gpus)
+            waiting[sized.remote(job, folder / job.folder)] = job
 
     # Rows that wait for their value first: the others fill the cores in the meantime.
     for jobs in rows:
