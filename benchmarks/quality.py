@@ -3,7 +3,7 @@
     python benchmarks/quality.py configs/demo/vit.yaml --seeds 0 1 2 3 4 --runs runs/quality-digits
 
 Every run is an ordinary run directory below --runs: stopping and starting again goes on, and a second call only
-reads. `--set` overrides fields, as for `dbtrain train`; a field named in `--vary` gives one table row a value.
+reads. `--set` overrides fields, as for `dbtrain train`. For tables of other rows there is benchmarks/sweep.py.
 """
 
 from __future__ import annotations
@@ -17,19 +17,33 @@ from pathlib import Path
 
 import torch
 
+from dbtrain.config import RunConfig
 from dbtrain.config_file import load_config
 from dbtrain.inference.evaluation import Evaluation, Metric
 from dbtrain.inference.runs import evaluation_of
 from dbtrain.orchestration.run import BackendName, train_run
+from dbtrain.orchestration.state import BlockState
 from dbtrain.plan import Kind
 from dbtrain.run_directory import RunDirectory
 
 
-def train_one(config: Path, overrides: Sequence[str], kind: Kind, folder: Path, backend: BackendName) -> RunDirectory:
-    """Train (or find) one run."""
-    result = train_run(load_config(config, overrides), folder, kind, backend)
+class RunFailed(Exception):
+    """A run that did not come to its end; `str()` says which block was the first, and why."""
+
+
+def train_one(config: RunConfig, kind: Kind, folder: Path, backend: BackendName = "inline") -> RunDirectory:
+    """Train (or find) one run.
+
+    Raises:
+        RunFailed: a block has failed, or was stopped.
+    """
+    result = train_run(config, folder, kind, backend)
     if not result.ok:
-        raise SystemExit(f"{folder}: {result.to_json()}")
+        unfinished = [block for block in result.blocks if block.state is not BlockState.FINISHED]
+        first = unfinished[0]
+        others = f" (and {len(unfinished) - 1} more)" if len(unfinished) > 1 else ""
+        reason = first.reason or f"at step {first.step}"
+        raise RunFailed(f"block {first.index} {first.state.value}{others}: {reason}")
     return RunDirectory.open(str(folder))
 
 
@@ -43,10 +57,10 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
 
 
 def summarise(metric: Metric, name: str, values: Sequence[float]) -> str:
-    """Mean and sample standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and sample standard deviation; of a single value there is no deviation."""
     show = (lambda value: f"{value:.4g}") if name.startswith("also: ") else metric.show
-    return f"{show(statistics.mean(values))} ± {show(spread)}"
+    mean = show(statistics.mean(values))
+    return f"{mean} ± {show(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def main() -> None:
@@ -57,33 +71,31 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--backend", choices=["inline", "ray"], default="inline")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
-    parser.add_argument("--vary", metavar="A.B=C,D", help="one row a value, blocks alone (no baseline)")
     arguments = parser.parse_args()
 
-    variants: list[tuple[str, list[str], list[Kind]]] = [("", [], ["end_to_end", "blocks"])]
-    if arguments.vary:
-        field, _, values = arguments.vary.partition("=")
-        variants = [(f"{field}={value}", [f"{field}={value}"], ["blocks"]) for value in values.split(",")]
     found: dict[str, dict[str, list[float]]] = {}
     metric: Metric | None = None
-    for name, extra, kinds in variants:
-        for seed in arguments.seeds:
-            judge: RunDirectory | None = None
-            for kind in kinds:
-                overrides = [*arguments.overrides, *extra, f"seed={seed}"]
-                folder = arguments.runs / f"{name or 'run'}-{kind}-seed{seed}"
-                run = train_one(arguments.config, overrides, kind, folder, arguments.backend)
-                evaluation = evaluation_of(run, judge=judge)
-                judge = run if kind == "end_to_end" else judge
-                metric, values_of = evaluation.metric, figures_of(evaluation)
-                row = found.setdefault(f"{name} {kind}".strip(), {})
-                for key, value in values_of.items():
-                    row.setdefault(key, []).append(value)
-                print(
-                    f"{folder}: {json.dumps(values_of)}  ({run.plan.layer_evaluations:,} layer-evaluations,"
-                    f" {run.plan.flops:.3g} FLOPs)",
-                    flush=True,
-                )
+    kinds: list[Kind] = ["end_to_end", "blocks"]
+    for seed in arguments.seeds:
+        config = load_config(arguments.config, [*arguments.overrides, f"seed={seed}"])
+        judge: RunDirectory | None = None
+        for kind in kinds:
+            folder = arguments.runs / f"run-{kind}-seed{seed}"
+            try:
+                run = train_one(config, kind, folder, arguments.backend)
+            except RunFailed as error:
+                raise SystemExit(f"{folder}: {error}") from None
+            evaluation = evaluation_of(run, judge=judge)
+            judge = run if kind == "end_to_end" else judge
+            metric, values_of = evaluation.metric, figures_of(evaluation)
+            row = found.setdefault(kind, {})
+            for key, value in values_of.items():
+                row.setdefault(key, []).append(value)
+            print(
+                f"{folder}: {json.dumps(values_of)}  ({run.plan.layer_evaluations:,} layer-evaluations,"
+                f" {run.plan.flops:.3g} FLOPs)",
+                flush=True,
+            )
     assert metric is not None
     print_tables(metric, found, len(arguments.seeds))
     about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}

@@ -89,9 +89,9 @@ class Cluster:
         leaving.join(_LEAVE_TIMEOUT)
 
 
-def connect(address: str | None = None) -> Cluster:
+def connect(address: str | None = None, cpus: int | None = None) -> Cluster:
     """Join the cluster at `address` (or at RAY_ADDRESS, which Ray sets in its jobs), or start a private one
-    here.
+    here, with all cores of this machine or `cpus` of them.
 
     In a process that is connected already, that connection is used and left open.
 
@@ -105,6 +105,7 @@ def connect(address: str | None = None) -> Cluster:
         with _private_token(), _sigterm_handler_kept():
             context: Any = ray.init(
                 address="local",
+                num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
