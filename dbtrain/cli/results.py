@@ -108,6 +108,11 @@ def evaluate(
     print_table(title, ["read-out", ours.metric.title], rows)
     _print_points("along the chain", ours.chain, ours.metric)
     _print_points("each block alone", ours.alone, ours.metric)
+    if ours.calibration:
+        rows = [[name, f"{100 * value:.2f}"] for name, value in ours.calibration.items()]
+        if theirs is not None:
+            rows += [[f"baseline: {name}", f"{100 * value:.2f}"] for name, value in theirs.calibration.items()]
+        print_table("calibration", ["read-out", "expected error, %"], rows)
     if ours.also:
         print_table("also", ["", "value"], [[name, f"{value:.4g}"] for name, value in ours.also.items()])
 

@@ -1,4 +1,4 @@
-"""Accuracy of an assembled classifier: every read-out, every step of the chain, every block alone."""
+"""Accuracy of an assembled classifier: every read-out and its calibration, every step of the chain, every block."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import iterate_split
 from dbtrain.data.shards import ShardSet
 from dbtrain.diffusion.chain import read_out
+from dbtrain.inference.calibration import Calibration
 from dbtrain.inference.classify import Classifier
 from dbtrain.inference.evaluation import ACCURACY, Evaluation, Point, Progress
 from dbtrain.models import family_of
@@ -46,26 +47,32 @@ def evaluate_classifier(
     facts = model.plan.data
     assert facts is not None
     transform = make_transform(model.config, facts, family_of(model.config).scaling(model.config, facts), None)
-    tally, steps, seen = _Tally(), [], 0
+    names = ("accuracy",) if model.end_to_end else READOUTS
+    calibration = {name: Calibration() for name in names}
+    tally, seen = _Tally(), 0
+    steps: list[tuple[int, float]] = []
     with torch.inference_mode():
         for batch in iterate_split(shards, transform, batch_size, model.device):
             images, labels = batch["image"], batch["label"]
             positions = np.arange(seen, seen + len(labels), dtype=np.int64)
             if model.end_to_end:
-                tally.add("accuracy", classifier.logits(images).softmax(dim=-1), labels)
+                answers = {"accuracy": classifier.logits(images).softmax(dim=-1)}
             else:
-                steps = _evaluate_chain(classifier, images, labels, positions, tally)
+                answers, steps = _evaluate_chain(classifier, images, labels, positions, tally)
                 _evaluate_alone(classifier, images, labels, positions, tally)
+            for name, probabilities in answers.items():
+                tally.add(name, probabilities, labels)
+                calibration[name].add(probabilities, labels)
             seen += len(labels)
             if progress is not None:
                 progress(seen, shards.rows)
-    names = ("accuracy",) if model.end_to_end else READOUTS
     return Evaluation(
         kind=model.plan.kind,
         split=shards.split,
         rows=seen,
         metric=ACCURACY,
         readouts={name: tally.means(name, seen)[0] for name in names},
+        calibration={name: calibration[name].error(seen) for name in names},
         predict="accuracy" if model.end_to_end else model.config.chain.readout,
         chain=tuple(
             _point(block, sigma, tally.means(f"step {index}", seen)) for index, (block, sigma) in enumerate(steps)
@@ -86,16 +93,16 @@ def _evaluate_chain(
     labels: Tensor,
     positions: np.ndarray[Any, np.dtype[np.int64]],
     tally: _Tally,
-) -> list[tuple[int, float]]:
-    """Count every read-out and step for one batch; returns the chain's (block, sigma) steps."""
+) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
+    """Count every step for one batch; returns the read-outs' probabilities and the chain's (block, sigma) steps."""
     noises = classifier.config.chain.start_noises
     traces = [classifier.trace(images, positions, noise) for noise in range(noises)]
-    for name in READOUTS:
-        tally.add(name, read_out(traces, name), labels)
     for trace in traces:
         for index, log_probs in enumerate(trace.log_probs):
             tally.add(f"step {index}", log_probs.exp(), labels, share=1 / noises)
-    return list(zip(traces[0].blocks, traces[0].sigmas, strict=True))
+    return {name: read_out(traces, name) for name in READOUTS}, list(
+        zip(traces[0].blocks, traces[0].sigmas, strict=True)
+    )
 
 
 def _evaluate_alone(

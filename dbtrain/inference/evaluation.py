@@ -58,6 +58,8 @@ class Evaluation:
     """One entry a block without the blocks before it."""
     also: dict[str, float] = field(default_factory=dict)
     """Other figures, by name."""
+    calibration: dict[str, float] = field(default_factory=dict)
+    """Expected calibration error of a classifier, a fraction, by the names of `readouts`."""
 
     @property
     def value(self) -> float:
