@@ -6,7 +6,7 @@ the probability-flow ODE from sigma to sigma' is z' = a z + (1 - a) D with a = s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -69,8 +69,12 @@ def run_chain(
     bridge: Literal["softmax", "argmax"],
     start: Tensor,
     stop_after: int | None = None,
+    skip: Collection[int] = (),
 ) -> ChainTrace:
     """Walk from `start` through all blocks, or through the first `stop_after` steps of that walk alone.
+
+    Without the blocks in `skip` the other steps keep their noise levels, and Euler steps go from one to the next of
+    them; where the first of all steps is left out, `start` is scaled to the level of the first that is not.
 
     Args:
         denoise: asked once a step, with the block that owns the step's sigma.
@@ -81,11 +85,17 @@ def run_chain(
         bridge: the estimate D of the clean target is the codebook's mean under the labels' probabilities
             ("softmax"), or its row of the likeliest label ("argmax").
         start: sigma_max times standard normal noise, (N, d); its type and device are those of the walk.
+
+    Raises:
+        ValueError: every block is skipped.
     """
-    sigmas = sigma_grid(ranges, steps, noise)[:stop_after]
+    grid = sigma_grid(ranges, steps, noise)
+    sigmas = [sigma for sigma in grid if owner(ranges, sigma) not in skip][:stop_after]
+    if not sigmas:
+        raise ValueError("a walk needs at least one block")
     blocks = [owner(ranges, sigma) for sigma in sigmas]
     codes = codebook.to(start)
-    z = start
+    z = sigmas[0] / grid[0] * start
     said = [_as_float(denoise(blocks[0], z, sigmas[0]))]
     for index, (sigma, lower) in zip(blocks[1:], pairwise(sigmas), strict=True):
         a = lower / sigma

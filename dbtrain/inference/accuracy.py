@@ -18,6 +18,9 @@ from dbtrain.inference.classify import Classifier
 from dbtrain.inference.evaluation import ACCURACY, Evaluation, Point, Progress
 from dbtrain.models import family_of
 
+WITHOUT = ("last", "product")
+"""Read-outs of the chain without one of its blocks."""
+
 
 class _Tally:
     """Running sums of hits and cross-entropy by name."""
@@ -42,7 +45,7 @@ def evaluate_classifier(
     classifier: Classifier, shards: ShardSet, *, batch_size: int = 500, progress: Progress | None = None
 ) -> Evaluation:
     """Accuracy on the rows of `shards`. `alone` is a block from pure noise at the top of its own range: what it knows
-    of the image when nobody walked before it."""
+    of the image when nobody walked before it; `without` is the chain from the first starting noise without a block."""
     model = classifier.model
     facts = model.plan.data
     assert facts is not None
@@ -60,6 +63,7 @@ def evaluate_classifier(
             else:
                 answers, steps = _evaluate_chain(classifier, images, labels, positions, tally)
                 _evaluate_alone(classifier, images, labels, positions, tally)
+                _evaluate_without(classifier, images, labels, positions, tally)
             for name, probabilities in answers.items():
                 tally.add(name, probabilities, labels)
                 calibration[name].add(probabilities, labels)
@@ -79,6 +83,10 @@ def evaluate_classifier(
         ),
         alone=tuple(
             _point(index, own.high, tally.means(f"alone {index}", seen)) for index, own in enumerate(model.ranges)
+        ),
+        without=tuple(
+            {"block": index, **{name: tally.means(f"without {index} {name}", seen)[0] for name in WITHOUT}}
+            for index in _spared(classifier)
         ),
     )
 
@@ -116,3 +124,22 @@ def _evaluate_alone(
     for index, own in enumerate(classifier.model.ranges):
         said = classifier.log_probs(images, index, own.high * noise, own.high)
         tally.add(f"alone {index}", said.exp(), labels)
+
+
+def _spared(classifier: Classifier) -> range:
+    """The blocks without which something is left of the chain."""
+    count = len(classifier.model.ranges)
+    return range(count if count > 1 else 0)
+
+
+def _evaluate_without(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    positions: np.ndarray[Any, np.dtype[np.int64]],
+    tally: _Tally,
+) -> None:
+    for index in _spared(classifier):
+        trace = classifier.trace(images, positions, 0, skip={index})
+        for name in WITHOUT:
+            tally.add(f"without {index} {name}", read_out([trace], name), labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,8 +104,10 @@ class Classifier:
         noise: int,
         *,
         stop_after: int | None = None,
+        skip: Collection[int] = (),
     ) -> ChainTrace:
-        """Walk the chain once, from starting noise number `noise`; only its first `stop_after` steps when given."""
+        """Walk the chain once, from starting noise number `noise`; only its first `stop_after` steps when given, and
+        without the blocks in `skip`."""
         config, codebook = self.config, self.model.codebook
         assert codebook is not None
         return run_chain(
@@ -117,6 +119,7 @@ class Classifier:
             config.chain.bridge,
             config.noise.sigma_max * self.start(positions, noise),
             stop_after=stop_after,
+            skip=skip,
         )
 
     @torch.inference_mode()

@@ -230,3 +230,28 @@ def test_stopping_early_gives_the_first_steps_of_the_same_walk(stop_after: int) 
     assert (early.sigmas, early.blocks) == (whole.sigmas[:stop_after], whole.blocks[:stop_after])
     for ours, theirs in zip(early.log_probs, whole.log_probs, strict=False):
         assert torch.equal(ours, theirs)
+
+
+def test_a_walk_without_a_block_by_hand() -> None:
+    """Two labels at +1 and -1; every block is sure of the first: D = 1, and z' = a z + (1 - a)."""
+    ranges = [NoiseRange(low=8.0, high=16.0), NoiseRange(low=2.0, high=8.0), NoiseRange(low=1.0, high=2.0)]
+    noise = NoiseConfig(sigma_min=1.0, sigma_max=16.0)
+    codes = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    seen: list[tuple[int, float, float]] = []
+
+    def denoise(block: int, z: Tensor, sigma: float) -> Tensor:
+        seen.append((block, float(z), sigma))
+        return torch.tensor([[0.0, -torch.inf]], dtype=torch.float64)
+
+    def walk(*skip: int) -> list[tuple[int, float, float]]:
+        seen.clear()
+        run_chain(denoise, ranges, codes, noise, 3, "softmax", torch.tensor([[32.0]]).double(), skip=skip)
+        return list(seen)
+
+    assert walk() == [(0, 32.0, 16.0), (1, 16.5, 8.0), (2, 0.25 * 16.5 + 0.75, 2.0)]
+    assert walk(1) == [(0, 32.0, 16.0), (2, 32 / 8 + 7 / 8, 2.0)]
+    assert walk(2) == [(0, 32.0, 16.0), (1, 16.5, 8.0)]
+    assert walk(0) == [(1, 16.0, 8.0), (2, 0.25 * 16.0 + 0.75, 2.0)]  # twice its level, as at the start
+    assert walk(0, 1) == [(2, 4.0, 2.0)]
+    with pytest.raises(ValueError, match="at least one block"):
+        walk(0, 1, 2)

@@ -14,6 +14,7 @@ from dbtrain.config import READOUTS
 from dbtrain.data.loader import iterate_split
 from dbtrain.data.shards import ShardSet
 from dbtrain.data.transforms import EvalTransform
+from dbtrain.diffusion.chain import read_out
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.inference.accuracy import evaluate_classifier
 from dbtrain.inference.classify import Classifier
@@ -61,6 +62,28 @@ def test_numbers_against_a_recount(classifier: Classifier, evaluation: Evaluatio
     assert evaluation.alone[0]["cross_entropy"] == pytest.approx(first, rel=1e-4)
 
 
+def test_the_chain_without_a_block(classifier: Classifier, evaluation: Evaluation, digits: Path) -> None:
+    shards = ShardSet.open(digits, "test")
+    facts = classifier.model.plan.data
+    assert facts is not None
+    (batch,) = iterate_split(shards, EvalTransform(facts.mean, facts.std), shards.rows)
+    images, labels, positions = batch["image"], batch["label"], np.arange(shards.rows)
+    assert [point["block"] for point in evaluation.without] == [0, 1, 2]
+    # Without its last block the chain is the walk that stops before it.
+    shorter = classifier.trace(images, positions, 0, stop_after=2)
+    for name in ("last", "product"):
+        hits = (read_out([shorter], name).argmax(-1) == labels).float().mean()
+        assert evaluation.without[2][name] == pytest.approx(float(hits))
+    # Without its first, the second says what it says alone, and hands that on.
+    z = classifier.model.ranges[1].high * classifier.start(positions, 0)
+    said = classifier.log_probs(images, 1, z, classifier.model.ranges[1].high)
+    trace = classifier.trace(images, positions, 0, skip={0})
+    assert trace.blocks == (1, 2)
+    assert torch.allclose(trace.log_probs[0], said, atol=1e-4)
+    hits = (trace.log_probs[-1].argmax(-1) == labels).float().mean()
+    assert evaluation.without[0]["last"] == pytest.approx(float(hits))
+
+
 def test_calibration_against_a_recount(classifier: Classifier, evaluation: Evaluation, digits: Path) -> None:
     shards = ShardSet.open(digits, "test")
     facts = classifier.model.plan.data
@@ -97,6 +120,7 @@ def test_a_baseline(baseline: RunDirectory) -> None:
     assert (found.readouts.keys(), found.metric) == ({"accuracy"}, ACCURACY)
     assert (found.kind, found.predict, found.chain, found.alone) == ("end_to_end", "accuracy", (), ())
     assert 0.0 < found.calibration["accuracy"] < 1.0
+    assert found.without == ()
 
 
 def test_it_is_remembered_until_the_model_changes(own_run: RunDirectory) -> None:
@@ -134,12 +158,12 @@ def test_a_damaged_memory_is_made_again(own_run: RunDirectory, text: str) -> Non
 def test_one_without_calibration_is_read_by_reports_and_made_again_where_it_is_asked_for(own_run: RunDirectory) -> None:
     first = evaluation_of(own_run)
     kept = json.loads(own_run.storage.read_text(EVALUATION))
-    for name in ("calibration",):
+    for name in ("calibration", "without"):
         del kept["evaluation"][name]
     own_run.storage.write_atomic(EVALUATION, json.dumps(kept).encode())
     old = evaluation_known(own_run, kept["of"]["sha256"])
     assert old is not None
-    assert (old.readouts, old.calibration) == (first.readouts, {})
+    assert (old.readouts, old.calibration, old.without) == (first.readouts, {}, ())
     assert evaluation_of(own_run) == first
     assert json.loads(own_run.storage.read_text(EVALUATION))["evaluation"]["calibration"] == first.calibration
 
