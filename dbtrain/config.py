@@ -22,6 +22,8 @@ from dbtrain.resources_config import ResourcesConfig
 READOUTS = ("first", "last", "product", "first_mean", "last_mean", "product_mean")
 """What can be read off the chain; `dbtrain.diffusion.chain.read_out` computes them."""
 
+Bridge = Literal["softmax", "argmax", "sample"]
+
 
 class PartitionConfig(Section):
     """How the noise axis is cut into one range a block."""
@@ -100,8 +102,9 @@ class ChainConfig(Section):
     """How images are sampled: Euler steps, or Heun's, which ask the network twice a step (Karras et al. 2022)."""
     guidance: float = Field(1.0, ge=0.0)
     """Classifier-free guidance of images, D = D_none + guidance * (D_label - D_none); 1 turns it off."""
-    bridge: Literal["softmax", "argmax"] = "softmax"
-    """What stands for the clean target between steps: the mean of the codebook under p(y), or its likeliest row."""
+    bridge: Bridge = "softmax"
+    """From step to step: an Euler step towards the codebook's mean under p(y), or towards its likeliest row; or the row
+    of a label drawn from p(y), with fresh noise of the next level (ancestral sampling)."""
     start_noises: int = Field(8, ge=1)
     """Starting noises over which the averaged read-outs take the mean."""
     readout: str = "product"

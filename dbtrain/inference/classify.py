@@ -120,6 +120,7 @@ class Classifier:
             config.noise.sigma_max * self.start(positions, noise),
             stop_after=stop_after,
             skip=skip,
+            fresh=lambda step: self.fresh(positions, noise, step),
         )
 
     @torch.inference_mode()
@@ -136,6 +137,12 @@ class Classifier:
         uniform = torch.from_numpy(keyed_uniform(key, positions, self.model.codebook.shape[1]))
         normal: Tensor = torch.special.ndtri(uniform.clamp_(min=2.0**-54))
         return normal.float().to(self.model.device)
+
+    def fresh(self, positions: npt.NDArray[np.int64], noise: int, step: int) -> Tensor:
+        """Uniform numbers (N, 1 + width) for the bridge `sample`: of (seed, noise number, step, position) alone."""
+        assert self.model.codebook is not None
+        key = derive_key(self.config.seed, "bridge", noise, step)
+        return torch.from_numpy(keyed_uniform(key, positions, 1 + self.model.codebook.shape[1])).to(self.model.device)
 
     def _check_readout(self, name: str | None) -> None:
         known = () if self.model.end_to_end else READOUTS
