@@ -28,8 +28,9 @@ Bridge = Literal["softmax", "argmax", "sample"]
 class PartitionConfig(Section):
     """How the noise axis is cut into one range a block."""
 
-    kind: Literal["equal_probability", "uniform", "explicit"] = "equal_probability"
-    """Equal mass of the training distribution (the paper's), equal log-width, or the given boundaries."""
+    kind: Literal["equal_probability", "uniform", "equal_information", "explicit"] = "equal_probability"
+    """Equal mass of the training distribution (the paper's), equal log-width, equal shares of what a noisy code tells
+    of its label or token (all of them equally likely), or the given boundaries."""
     boundaries: tuple[float, ...] | None = None
     """For `explicit`: blocks.count + 1 noise levels, from sigma_max down to sigma_min."""
 

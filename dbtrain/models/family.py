@@ -83,15 +83,24 @@ class Family(ABC):
         """One piece a block, highest noise first; by default contiguous layers and ranges of Gaussian noise.
 
         Raises:
-            UserError: a range would be empty.
+            UserError: as `ranges`.
         """
         layers = split_layers(config.model.depth, config.blocks.count, config.blocks.split)
-        ranges = partition(config.noise, config.blocks)
+        ranges = self.ranges(config)
         trained = widen(ranges, config.blocks.overlap, config.noise)
         return [
             Piece((first, end), own, wide, end - first)
             for (first, end), own, wide in zip(layers, ranges, trained, strict=True)
         ]
+
+    def ranges(self, config: RunConfig) -> list[NoiseRange]:
+        """The ranges of Gaussian noise that the blocks answer for, highest first.
+
+        Raises:
+            UserError: one would be empty, or they follow from a codebook that the family does not have.
+        """
+        codebook = self.codebook(config) if config.blocks.partition.kind == "equal_information" else None
+        return partition(config.noise, config.blocks, codebook)
 
     def whole(self, config: RunConfig) -> Piece:
         """The end-to-end network as the only piece."""
