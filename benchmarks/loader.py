@@ -158,13 +158,13 @@ def paper_config() -> RunConfig:
 
 def step_milliseconds(loader: BatchLoader, repeats: int) -> float:
     """A training step of one block of the paper's ViT, without the loader."""
-    from dbtrain.diffusion.partition import partition, widen
     from dbtrain.models import family_of
     from dbtrain.randomness import generator
 
     config = paper_config()
     family = family_of(config)
-    trained = widen(partition(config.noise, config.blocks), config.blocks.overlap, config.noise)[0]
+    trained = family.cut(config)[0].trained
+    assert trained is not None
     block = family.build_block(config, (0, 4), trained, family.codebook(config))
     optimiser = torch.optim.AdamW(block.parameters(), fused=True)
     batch = loader.batch(0)

@@ -51,8 +51,11 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
     """Everything an evaluation says, by name."""
     name = evaluation.metric.name
     found = dict(evaluation.readouts)
+    found |= {f"ece: {readout}": value for readout, value in evaluation.calibration.items()}
     found |= {f"alone: block {int(p['block'])}": p[name] for p in evaluation.alone if name in p}
     found |= {f"chain: step {i}": p[name] for i, p in enumerate(evaluation.chain) if name in p}
+    for point in evaluation.without:
+        found |= {f"without block {int(point['block'])}: {key}": point[key] for key in point if key != "block"}
     return found | {f"also: {key}": value for key, value in evaluation.also.items()}
 
 

@@ -22,12 +22,15 @@ from dbtrain.resources_config import ResourcesConfig
 READOUTS = ("first", "last", "product", "first_mean", "last_mean", "product_mean")
 """What can be read off the chain; `dbtrain.diffusion.chain.read_out` computes them."""
 
+Bridge = Literal["softmax", "argmax", "sample"]
+
 
 class PartitionConfig(Section):
     """How the noise axis is cut into one range a block."""
 
-    kind: Literal["equal_probability", "uniform", "explicit"] = "equal_probability"
-    """Equal mass of the training distribution (the paper's), equal log-width, or the given boundaries."""
+    kind: Literal["equal_probability", "uniform", "equal_information", "explicit"] = "equal_probability"
+    """Equal mass of the training distribution (the paper's), equal log-width, equal shares of what a noisy code tells
+    of its label or token (all of them equally likely), or the given boundaries."""
     boundaries: tuple[float, ...] | None = None
     """For `explicit`: blocks.count + 1 noise levels, from sigma_max down to sigma_min."""
 
@@ -58,9 +61,9 @@ class BlocksConfig(Section):
     average_every: int = Field(25, ge=1)
     """Steps between two averagings."""
     relay_every: int | None = Field(None, ge=1)
-    """Relay: a block goes on from the features of the block before it, by weights that are looked for and published
-    every so many steps; none (the default) keeps blocks strangers to each other. It costs a forward pass through the
-    layers before a block's own."""
+    """Relay: a block goes on from what the blocks before it make of a sample and say of its label, by weights that are
+    published and looked for every so many steps; none (the default) keeps blocks strangers to each other. It costs a
+    forward pass through the layers before a block's own, and `chain.readout` is `last` where nothing else is said."""
     average_patience: float = Field(60.0, gt=0.0)
     """Seconds an averaging waits for a block that trains and has not come; then it goes on without it."""
 
@@ -104,8 +107,9 @@ class ChainConfig(Section):
     """How images are sampled: Euler steps, or Heun's, which ask the network twice a step (Karras et al. 2022)."""
     guidance: float = Field(1.0, ge=0.0)
     """Classifier-free guidance of images, D = D_none + guidance * (D_label - D_none); 1 turns it off."""
-    bridge: Literal["softmax", "argmax"] = "softmax"
-    """What stands for the clean target between steps: the mean of the codebook under p(y), or its likeliest row."""
+    bridge: Bridge = "softmax"
+    """From step to step: an Euler step towards the codebook's mean under p(y), or towards its likeliest row; or the row
+    of a label drawn from p(y), with fresh noise of the next level (ancestral sampling)."""
     start_noises: int = Field(8, ge=1)
     """Starting noises over which the averaged read-outs take the mean."""
     readout: str = "product"
@@ -247,6 +251,9 @@ class RunConfig(Section):
                 return raw  # the field's own validator says it
         else:
             return raw
+        blocks, chain = raw.get("blocks"), raw.get("chain", {})
+        if isinstance(blocks, dict) and blocks.get("relay_every") is not None and isinstance(chain, dict):
+            raw = {**raw, "chain": {"readout": "last", **chain}}  # each answer completes those before it
         filled = {
             name: {**values, **raw.get(name, {})}
             for name, values in chosen.defaults.items()

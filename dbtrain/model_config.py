@@ -172,6 +172,11 @@ class DiTConfig(ImageModelConfig):
                 f"chain.guidance {run.chain.guidance} needs a model that knows images with and without a label: set"
                 " model.num_classes and model.label_dropout, or chain.guidance to 1"
             )
+        if run.blocks.partition.kind == "equal_information":
+            raise ValueError(
+                "blocks.partition.kind 'equal_information' is for targets that are codes of labels or tokens, and those"
+                " of this family are images: use 'equal_probability', 'uniform' or 'explicit'"
+            )
 
 
 class TextModelConfig(_Attention):

@@ -108,6 +108,15 @@ def evaluate(
     print_table(title, ["read-out", ours.metric.title], rows)
     _print_points("along the chain", ours.chain, ours.metric)
     _print_points("each block alone", ours.alone, ours.metric)
+    if ours.without:
+        readouts = [name for name in ours.without[0] if name != "block"]
+        rows = [[str(int(point["block"])), *(show(point[name]) for name in readouts)] for point in ours.without]
+        print_table(f"the chain without a block: {ours.metric.title}", ["without", *readouts], rows)
+    if ours.calibration:
+        rows = [[name, f"{100 * value:.2f}"] for name, value in ours.calibration.items()]
+        if theirs is not None:
+            rows += [[f"baseline: {name}", f"{100 * value:.2f}"] for name, value in theirs.calibration.items()]
+        print_table("calibration", ["read-out", "expected error, %"], rows)
     if ours.also:
         print_table("also", ["", "value"], [[name, f"{value:.4g}"] for name, value in ours.also.items()])
 

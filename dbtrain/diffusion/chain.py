@@ -1,4 +1,4 @@
-"""Inference: the Euler walk from pure noise down through the blocks' ranges, and what can be read off it.
+"""Inference: the walk from pure noise down through the blocks' ranges, and what can be read off it.
 
 Source: Shing, Koyama, Akiba 2026, section 3, with the sign of equations 3 to 5 corrected: one Euler step of
 the probability-flow ODE from sigma to sigma' is z' = a z + (1 - a) D with a = sigma' / sigma.
@@ -6,15 +6,14 @@ the probability-flow ODE from sigma to sigma' is z' = a z + (1 - a) D with a = s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dbtrain.config import READOUTS, NoiseConfig
+from dbtrain.config import READOUTS, Bridge, NoiseConfig
 from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.diffusion.partition import owner
 from dbtrain.errors import UserError
@@ -22,6 +21,8 @@ from dbtrain.plan import NoiseRange
 
 Denoise = Callable[[int, Tensor, float], Tensor]
 """(index of the block that owns sigma, z (N, d), sigma) -> log-probabilities of the labels (N, classes)."""
+Fresh = Callable[[int], Tensor]
+"""(number of a step, from 1 on) -> uniform numbers in [0, 1), float64 (N, 1 + d), others for every step."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,16 @@ def run_chain(
     codebook: Tensor,
     noise: NoiseConfig,
     steps: int,
-    bridge: Literal["softmax", "argmax"],
+    bridge: Bridge,
     start: Tensor,
     stop_after: int | None = None,
+    skip: Collection[int] = (),
+    fresh: Fresh | None = None,
 ) -> ChainTrace:
     """Walk from `start` through all blocks, or through the first `stop_after` steps of that walk alone.
+
+    Without the blocks in `skip` the other steps keep their noise levels, and the walk goes from one to the next of
+    them; where the first of all steps is left out, `start` is scaled to the level of the first that is not.
 
     Args:
         denoise: asked once a step, with the block that owns the step's sigma.
@@ -78,18 +84,31 @@ def run_chain(
         codebook: clean targets of the labels, (classes, d).
         noise: spaces the steps where there are more of them than blocks.
         steps: number of steps, at least one a block.
-        bridge: the estimate D of the clean target is the codebook's mean under the labels' probabilities
-            ("softmax"), or its row of the likeliest label ("argmax").
+        bridge: an Euler step goes towards the codebook's mean under the labels' probabilities ("softmax"), or towards
+            its row of the likeliest label ("argmax"). With "sample" there is no such step: the row of a label drawn
+            from the probabilities gets fresh noise of the next level.
         start: sigma_max times standard normal noise, (N, d); its type and device are those of the walk.
+        fresh: what "sample" draws with.
+
+    Raises:
+        ValueError: every block is skipped, or "sample" has nothing to draw with.
     """
-    sigmas = sigma_grid(ranges, steps, noise)[:stop_after]
+    grid = sigma_grid(ranges, steps, noise)
+    sigmas = [sigma for sigma in grid if owner(ranges, sigma) not in skip][:stop_after]
+    if not sigmas:
+        raise ValueError("a walk needs at least one block")
+    if bridge == "sample" and fresh is None:
+        raise ValueError("bridge 'sample' draws random numbers: give `fresh`")
     blocks = [owner(ranges, sigma) for sigma in sigmas]
     codes = codebook.to(start)
-    z = start
+    z = sigmas[0] / grid[0] * start
     said = [_as_float(denoise(blocks[0], z, sigmas[0]))]
-    for index, (sigma, lower) in zip(blocks[1:], pairwise(sigmas), strict=True):
-        a = lower / sigma
-        z = a * z + (1.0 - a) * _estimate(said[-1], codes, bridge)
+    for step, (index, (sigma, lower)) in enumerate(zip(blocks[1:], pairwise(sigmas), strict=True), 1):
+        if fresh is not None and bridge == "sample":
+            z = _sample(said[-1], codes, lower, fresh(step))
+        else:
+            a = lower / sigma
+            z = a * z + (1.0 - a) * _estimate(said[-1], codes, bridge)
         said.append(_as_float(denoise(index, z, lower)))
     return ChainTrace(tuple(said), tuple(blocks), tuple(sigmas))
 
@@ -120,7 +139,16 @@ def log_read_out(trace: ChainTrace, base: str) -> Tensor:
     return trace.log_probs[0 if base == "first" else -1]
 
 
-def _estimate(log_probs: Tensor, codes: Tensor, bridge: Literal["softmax", "argmax"]) -> Tensor:
+def _sample(log_probs: Tensor, codes: Tensor, sigma: float, uniform: Tensor) -> Tensor:
+    """The code of a label drawn with the first uniform number of a row, under noise from the others."""
+    cumulative = log_probs.double().exp().cumsum(dim=-1)
+    # It ends at 1 exactly, which no uniform number reaches.
+    labels = torch.searchsorted(cumulative / cumulative[:, -1:], uniform[:, :1].contiguous(), right=True)[:, 0]
+    normal: Tensor = torch.special.ndtri(uniform[:, 1:].clamp_min(2.0**-54))
+    return codes[labels] + sigma * normal.to(codes)
+
+
+def _estimate(log_probs: Tensor, codes: Tensor, bridge: Bridge) -> Tensor:
     if bridge == "argmax":
         return codes[log_probs.argmax(dim=-1)]
     return log_probs.exp().to(codes.dtype) @ codes

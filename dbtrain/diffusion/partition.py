@@ -1,6 +1,6 @@
 """Cutting the noise axis into one range a block, block 0 the highest (Shing, Koyama, Akiba 2026, section 3).
 
-Edges are rounded to 12 significant digits: a plan reads the same whichever libm computed it.
+Edges are rounded, to 12 significant digits if nothing else is said: a plan reads the same whichever libm computed it.
 """
 
 from __future__ import annotations
@@ -9,25 +9,33 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from torch import Tensor
+
 from dbtrain.config import BlocksConfig, NoiseConfig
+from dbtrain.diffusion.information import equal_information_edges
 from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.errors import UserError
 from dbtrain.plan import NoiseRange
 
 
-def partition(noise: NoiseConfig, blocks: BlocksConfig) -> list[NoiseRange]:
+def partition(noise: NoiseConfig, blocks: BlocksConfig, codebook: Tensor | None = None) -> list[NoiseRange]:
     """The ranges the blocks answer for, highest first; neighbours share an edge.
 
     The ends are exactly sigma_max and sigma_min. `equal_probability` gives each range the same mass of the
-    training distribution, `uniform` the same log-width, `explicit` takes the given boundaries.
+    training distribution, `uniform` the same log-width, `equal_information` the same share of what z tells of its
+    label, `explicit` takes the given boundaries.
+
+    Args:
+        codebook: the targets of the labels, (C, d), which `equal_information` asks for.
 
     Raises:
-        UserError: the distribution is so narrow that a range would be empty or would never be drawn from.
+        UserError: the distribution is so narrow that a range would be empty or would never be drawn from, or there is
+            no codebook where it is needed.
     """
     distribution = NoiseDistribution.from_config(noise)
     if distribution.mass(noise.sigma_min, noise.sigma_max) <= 0.0:
         raise _too_narrow(noise)
-    edges = _edges(distribution, blocks)
+    edges = _edges(distribution, blocks, codebook)
     for high, low in pairwise(edges):
         if low >= high or distribution.mass(low, high) <= 0.0:
             raise _too_narrow(noise)
@@ -57,7 +65,7 @@ def owner(ranges: Sequence[NoiseRange], sigma: float) -> int:
     return sum(sigma <= own.high for own in ranges) - 1
 
 
-def _edges(distribution: NoiseDistribution, blocks: BlocksConfig) -> list[float]:
+def _edges(distribution: NoiseDistribution, blocks: BlocksConfig, codebook: Tensor | None) -> list[float]:
     """The count + 1 boundaries, falling."""
     if blocks.partition.boundaries is not None:
         return list(blocks.partition.boundaries)
@@ -65,6 +73,15 @@ def _edges(distribution: NoiseDistribution, blocks: BlocksConfig) -> list[float]
     if blocks.partition.kind == "uniform":
         width = math.log(high / low) / count
         inner = [high * math.exp(-width * index) for index in range(1, count)]
+    elif blocks.partition.kind == "equal_information":
+        if codebook is None:
+            raise UserError(
+                "is for targets that are codes of labels or tokens, and this family has none",
+                field="blocks.partition.kind",
+                value="equal_information",
+                mend="use equal_probability, uniform or explicit",
+            )
+        inner = equal_information_edges(codebook, count, low, high)
     else:
         inner = [distribution.quantile(1.0 - index / count) for index in range(1, count)]
     return [high, *(_round(edge) for edge in inner), low]

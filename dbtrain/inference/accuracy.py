@@ -1,4 +1,4 @@
-"""Accuracy of an assembled classifier: every read-out, every step of the chain, every block alone."""
+"""Accuracy of an assembled classifier: every read-out and its calibration, every step of the chain, every block."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import iterate_split
 from dbtrain.data.shards import ShardSet
 from dbtrain.diffusion.chain import read_out
+from dbtrain.inference.calibration import Calibration
 from dbtrain.inference.classify import Classifier
 from dbtrain.inference.evaluation import ACCURACY, Evaluation, Point, Progress
 from dbtrain.models import family_of
+
+WITHOUT = ("last", "product")
+"""Read-outs of the chain without one of its blocks."""
 
 
 class _Tally:
@@ -41,37 +45,48 @@ def evaluate_classifier(
     classifier: Classifier, shards: ShardSet, *, batch_size: int = 500, progress: Progress | None = None
 ) -> Evaluation:
     """Accuracy on the rows of `shards`. `alone` is a block from pure noise at the top of its own range: what it knows
-    of the image when nobody walked before it."""
+    of the image when nobody walked before it; `without` is the chain from the first starting noise without a block."""
     model = classifier.model
     facts = model.plan.data
     assert facts is not None
     transform = make_transform(model.config, facts, family_of(model.config).scaling(model.config, facts), None)
-    tally, steps, seen = _Tally(), [], 0
+    names = ("accuracy",) if model.end_to_end else READOUTS
+    calibration = {name: Calibration() for name in names}
+    tally, seen = _Tally(), 0
+    steps: list[tuple[int, float]] = []
     with torch.inference_mode():
         for batch in iterate_split(shards, transform, batch_size, model.device):
             images, labels = batch["image"], batch["label"]
             positions = np.arange(seen, seen + len(labels), dtype=np.int64)
             if model.end_to_end:
-                tally.add("accuracy", classifier.logits(images).softmax(dim=-1), labels)
+                answers = {"accuracy": classifier.logits(images).softmax(dim=-1)}
             else:
-                steps = _evaluate_chain(classifier, images, labels, positions, tally)
+                answers, steps = _evaluate_chain(classifier, images, labels, positions, tally)
                 _evaluate_alone(classifier, images, labels, positions, tally)
+                _evaluate_without(classifier, images, labels, positions, tally)
+            for name, probabilities in answers.items():
+                tally.add(name, probabilities, labels)
+                calibration[name].add(probabilities, labels)
             seen += len(labels)
             if progress is not None:
                 progress(seen, shards.rows)
-    names = ("accuracy",) if model.end_to_end else READOUTS
     return Evaluation(
         kind=model.plan.kind,
         split=shards.split,
         rows=seen,
         metric=ACCURACY,
         readouts={name: tally.means(name, seen)[0] for name in names},
+        calibration={name: calibration[name].error(seen) for name in names},
         predict="accuracy" if model.end_to_end else model.config.chain.readout,
         chain=tuple(
             _point(block, sigma, tally.means(f"step {index}", seen)) for index, (block, sigma) in enumerate(steps)
         ),
         alone=tuple(
             _point(index, own.high, tally.means(f"alone {index}", seen)) for index, own in enumerate(model.ranges)
+        ),
+        without=tuple(
+            {"block": index, **{name: tally.means(f"without {index} {name}", seen)[0] for name in WITHOUT}}
+            for index in _spared(classifier)
         ),
     )
 
@@ -86,17 +101,17 @@ def _evaluate_chain(
     labels: Tensor,
     positions: np.ndarray[Any, np.dtype[np.int64]],
     tally: _Tally,
-) -> list[tuple[int, float]]:
-    """Count every read-out and step for one batch; returns the chain's (block, sigma) steps."""
+) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
+    """Count every step for one batch; returns the read-outs' probabilities and the chain's (block, sigma) steps."""
     noises = classifier.config.chain.start_noises
     features = classifier.features(images)
     traces = [classifier.walk(features, positions, noise) for noise in range(noises)]
-    for name in READOUTS:
-        tally.add(name, read_out(traces, name), labels)
     for trace in traces:
         for index, log_probs in enumerate(trace.log_probs):
             tally.add(f"step {index}", log_probs.exp(), labels, share=1 / noises)
-    return list(zip(traces[0].blocks, traces[0].sigmas, strict=True))
+    return {name: read_out(traces, name) for name in READOUTS}, list(
+        zip(traces[0].blocks, traces[0].sigmas, strict=True)
+    )
 
 
 def _evaluate_alone(
@@ -110,3 +125,22 @@ def _evaluate_alone(
     for index, own in enumerate(classifier.model.ranges):
         said = classifier.log_probs(features[index], index, own.high * noise, own.high)
         tally.add(f"alone {index}", said.exp(), labels)
+
+
+def _spared(classifier: Classifier) -> range:
+    """The blocks without which something is left of the chain."""
+    count = len(classifier.model.ranges)
+    return range(count if count > 1 else 0)
+
+
+def _evaluate_without(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    positions: np.ndarray[Any, np.dtype[np.int64]],
+    tally: _Tally,
+) -> None:
+    for index in _spared(classifier):
+        trace = classifier.trace(images, positions, 0, skip={index})
+        for name in WITHOUT:
+            tally.add(f"without {index} {name}", read_out([trace], name), labels)

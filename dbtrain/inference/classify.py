@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from dbtrain.errors import UserError
 from dbtrain.inference.images import ImageLike, as_list, to_tensor
 from dbtrain.model_config import ImageModelConfig
 from dbtrain.models import family_of
-from dbtrain.models.family import RELAYED
+from dbtrain.models.family import FEATURES, Batch, relays
 from dbtrain.randomness import derive_key, keyed_uniform
 
 PREDICT_BATCH = 256
@@ -107,33 +107,48 @@ class Classifier:
         noise: int,
         *,
         stop_after: int | None = None,
+        skip: Collection[int] = (),
     ) -> ChainTrace:
-        """Walk the chain once, from starting noise number `noise`; only its first `stop_after` steps when given."""
-        return self.walk(self.features(images, stop_after), positions, noise, stop_after=stop_after)
+        """Walk the chain once, from starting noise number `noise`; only its first `stop_after` steps when given, and
+        without the blocks in `skip`."""
+        features = self.features(images, stop_after, skip)
+        return self.walk(features, positions, noise, stop_after=stop_after, skip=skip)
 
     @torch.inference_mode()
-    def features(self, images: Tensor, blocks: int | None = None) -> list[Tensor]:
+    def features(self, images: Tensor, blocks: int | None = None, skip: Collection[int] = ()) -> dict[int, Tensor]:
         """What each block, or each of the first `blocks`, makes of the images; chains from any noise go on from it."""
-        found: list[Tensor] = []
-        for module in self.model.modules[:blocks]:
-            before = {RELAYED: found[-1]} if found else {}
-            found.append(module.features({"image": images, **before}))
+        found: dict[int, Tensor] = {}
+        before: Batch = {}
+        for index, module in enumerate(self.model.modules[:blocks]):
+            if index not in skip:
+                found[index] = module.features({"image": images, **before})
+                before = {FEATURES: found[index]}
         return found
 
     @torch.inference_mode()
     def walk(
         self,
-        features: Sequence[Tensor],
+        features: Mapping[int, Tensor],
         positions: npt.NDArray[np.int64],
         noise: int,
         *,
         stop_after: int | None = None,
+        skip: Collection[int] = (),
     ) -> ChainTrace:
         """`trace`, once the images' `features` are there."""
         config, codebook = self.config, self.model.codebook
         assert codebook is not None
+        relayed = relays(config, self.model.plan.kind)
+        answers: dict[int, Tensor] = {}  # by block, its last one
+
+        def denoise(index: int, z: Tensor, sigma: float) -> Tensor:
+            before = [answers[block] for block in sorted(answers) if block < index]
+            belief = before[-1] if relayed and before else None
+            answers[index] = self.log_probs(features[index], index, z, sigma, belief)
+            return answers[index]
+
         return run_chain(
-            lambda index, z, sigma: self.log_probs(features[index], index, z, sigma),
+            denoise,
             self.model.ranges,
             codebook,
             config.noise,
@@ -141,14 +156,17 @@ class Classifier:
             config.chain.bridge,
             config.noise.sigma_max * self.start(positions, noise),
             stop_after=stop_after,
+            skip=skip,
+            fresh=lambda step: self.fresh(positions, noise, step),
         )
 
     @torch.inference_mode()
-    def log_probs(self, features: Tensor, index: int, z: Tensor, sigma: float) -> Tensor:
-        """What block `index` says of the labels at noise level sigma, given its `features`: (N, classes)."""
+    def log_probs(self, features: Tensor, index: int, z: Tensor, sigma: float, belief: Tensor | None = None) -> Tensor:
+        """What block `index` says of the labels at noise level sigma, given its `features`: (N, classes). Where blocks
+        relay it completes a `belief`, what the block before has said."""
         sigmas = torch.full((len(features),), sigma, device=features.device)
         logits: Tensor = cast(Any, self.model.modules[index]).denoise(features, z.float(), sigmas)
-        return logits.float().log_softmax(dim=-1)
+        return (logits.float() if belief is None else logits.float() + belief).log_softmax(dim=-1)
 
     def start(self, positions: npt.NDArray[np.int64], noise: int) -> Tensor:
         """Standard normal noise (N, width), a function of (seed, noise number, position) alone."""
@@ -157,6 +175,12 @@ class Classifier:
         uniform = torch.from_numpy(keyed_uniform(key, positions, self.model.codebook.shape[1]))
         normal: Tensor = torch.special.ndtri(uniform.clamp_(min=2.0**-54))
         return normal.float().to(self.model.device)
+
+    def fresh(self, positions: npt.NDArray[np.int64], noise: int, step: int) -> Tensor:
+        """Uniform numbers (N, 1 + width) for the bridge `sample`: of (seed, noise number, step, position) alone."""
+        assert self.model.codebook is not None
+        key = derive_key(self.config.seed, "bridge", noise, step)
+        return torch.from_numpy(keyed_uniform(key, positions, 1 + self.model.codebook.shape[1])).to(self.model.device)
 
     def _check_readout(self, name: str | None) -> None:
         known = () if self.model.end_to_end else READOUTS

@@ -58,6 +58,10 @@ class Evaluation:
     """One entry a block without the blocks before it."""
     also: dict[str, float] = field(default_factory=dict)
     """Other figures, by name."""
+    calibration: dict[str, float] = field(default_factory=dict)
+    """Expected calibration error of a classifier, a fraction, by the names of `readouts`."""
+    without: tuple[Point, ...] = ()
+    """One entry a block of several: `block`, and the metric of the chain walked without it, by read-out."""
 
     @property
     def value(self) -> float:
@@ -73,8 +77,8 @@ class Evaluation:
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Evaluation:
         """What `as_json` gave, after a round trip through JSON. Raises TypeError or KeyError if it is not that."""
-        made = {**plain, "metric": Metric(**plain["metric"])}
-        return cls(**{**made, "chain": tuple(plain["chain"]), "alone": tuple(plain["alone"])})
+        lists = {name: tuple(plain.get(name, ())) for name in ("chain", "alone", "without")}
+        return cls(**{**plain, **lists, "metric": Metric(**plain["metric"])})
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""

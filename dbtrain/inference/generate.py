@@ -169,14 +169,26 @@ class TextGenerator:
             steps or chain_steps(self.model),
             config.chain.bridge,
             config.noise.sigma_max * self.start(rows, noise),
+            fresh=lambda step: self.fresh(rows, noise, step),
         )
 
     def start(self, rows: Ids, noise: int) -> Tensor:
         """Standard normal (N * L, code width), one row a token: a function of (run's seed, noise, row, place)."""
         assert self.model.codebook is not None
-        places = (rows[:, None] * self.length + np.arange(self.length)).ravel()
-        normal = keyed_normal(derive_key(self.config.seed, "start", noise), places, self.model.codebook.shape[1])
+        width = self.model.codebook.shape[1]
+        normal = keyed_normal(derive_key(self.config.seed, "start", noise), self._places(rows), width)
         return normal.to(self.model.device)
+
+    def fresh(self, rows: Ids, noise: int, step: int) -> Tensor:
+        """Uniform numbers (N * L, 1 + code width) for the bridge `sample`: also of the number of the step."""
+        assert self.model.codebook is not None
+        key = derive_key(self.config.seed, "bridge", noise, step)
+        uniform = keyed_uniform(key, self._places(rows), 1 + self.model.codebook.shape[1])
+        return torch.from_numpy(uniform).to(self.model.device)
+
+    def _places(self, rows: Ids) -> Ids:
+        """A number a token of known rows."""
+        return (rows[:, None] * self.length + np.arange(self.length)).ravel()
 
     def _encode(self, prompt: str) -> Ids:
         ids = self.tokenizer.encode(prompt, field="--prompt")

@@ -13,7 +13,7 @@ from dbtrain.assembly.loading import AssembledModel, load_model
 from dbtrain.data.manifest import Split
 from dbtrain.hub import on_hub
 from dbtrain.inference.evaluate import evaluate
-from dbtrain.inference.evaluation import Evaluation, Progress
+from dbtrain.inference.evaluation import ACCURACY, Evaluation, Progress
 from dbtrain.run_directory import EVALUATION, PLAN, RunDirectory
 from dbtrain.storage import Storage
 from dbtrain.training.checkpoint import checkpoint_steps
@@ -66,6 +66,8 @@ def evaluation_of(
 ) -> Evaluation:
     """The evaluation of the run's model on `split`, from `evaluation.json` if it is of that model and split.
 
+    One of a classifier that was made before calibration was measured is made again.
+
     `data` is the folder of the shards where they are not where the run's configuration says; `judge` is an end-to-end
     run that scores what a model of text writes.
 
@@ -79,7 +81,7 @@ def evaluation_of(
     key = {"sha256": model.sha256, "split": split, "chain": chain}
     if judging is not None:
         key["judge"] = judging.sha256
-    if not renew and (known := _kept(run, key)) is not None:
+    if not renew and (known := _kept(run, key)) is not None and (known.calibration or known.metric != ACCURACY):
         return known
     result = evaluate(model, split, data=data, judge=judging, progress=progress)
     kept = {"of": key, "evaluation": result.as_json()}

@@ -7,6 +7,7 @@ A block is asked through `start_cache`, `read` and `denoise` alone, an end-to-en
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from dbtrain.assembly.loading import AssembledModel
 from dbtrain.diffusion.chain import read_out, run_chain, sigma_grid
 from dbtrain.diffusion.partition import owner
-from dbtrain.randomness import derive_key, keyed_normal
+from dbtrain.randomness import derive_key, keyed_normal, keyed_uniform
 
 
 class TextSession(Protocol):
@@ -103,6 +104,7 @@ class ChainSession:
                 model.config.chain.bridge,
                 model.config.noise.sigma_max * self._start(index, noise),
                 self._stop_after,
+                fresh=partial(self._fresh, index, noise),
             )
             for noise in range(self._noises)
         ]
@@ -119,3 +121,10 @@ class ChainSession:
         width, place = self._model.codebook.shape[1], np.array([index], dtype=np.int64)
         rows = [keyed_normal(derive_key(key, "start", noise), place, width) for key in self._keys]
         return torch.cat(rows).to(self._model.device)
+
+    def _fresh(self, index: int, noise: int, step: int) -> Tensor:
+        """Uniform numbers (N, 1 + code width) for the bridge `sample`: also of the number of the step."""
+        assert self._model.codebook is not None
+        lanes, place = 1 + self._model.codebook.shape[1], np.array([index], dtype=np.int64)
+        rows = [keyed_uniform(derive_key(key, "bridge", noise, step), place, lanes) for key in self._keys]
+        return torch.from_numpy(np.concatenate(rows)).to(self._model.device)

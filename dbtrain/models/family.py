@@ -23,8 +23,9 @@ Batch = Mapping[str, Tensor]
 """Named tensors with one row a sample: image (N, C, H, W) and label (N,), or tokens (N, L)."""
 Draw = Mapping[str, Tensor]
 """What a loss needs of chance, one row a sample, e.g. sigma (N,) and eps (N, d)."""
-RELAYED = "relayed"
-"""Name in a batch of the features that a relayed block goes on from."""
+FEATURES, BELIEF, CODE = "relayed_features", "relayed_belief", "relayed_code"
+"""Names in a batch of what the block before hands on where blocks relay: what it makes of the samples; what it says of
+their labels, log-probabilities (N, classes); and the noisy code that its step of the chain leads to, (N, d)."""
 Task = Literal["classify", "generate_images", "generate_text", "unmask_text"]
 """How an assembled model is used; docs/adding-a-family.md says what each asks of the modules."""
 Scaling = tuple[Sequence[float], Sequence[float]]
@@ -51,7 +52,13 @@ class TrainableModule(nn.Module, ABC):
     def features(self, batch: Batch) -> Tensor:
         """What a block's layers make of a batch, one row a sample, where that depends on no noise and on no target.
 
-        Where blocks relay, the next block goes on from it: all but the first find `RELAYED` in the batch.
+        Where blocks relay, all but the first find `FEATURES` of the block before in the batch, and go on from them.
+        """
+        raise NotImplementedError
+
+    def hand_on(self, batch: Batch, draw: Draw) -> Batch:
+        """What the block says to the next one where blocks relay: `FEATURES`, `BELIEF`, `CODE`. No label is looked at;
+        the chain starts from the noise of the draw.
         """
         raise NotImplementedError
 
@@ -92,16 +99,25 @@ class Family(ABC):
         """One piece a block, highest noise first; by default contiguous layers and ranges of Gaussian noise.
 
         Raises:
-            UserError: a range would be empty.
+            UserError: as `ranges`.
         """
         layers = split_layers(config.model.depth, config.blocks.count, config.blocks.split)
-        ranges = partition(config.noise, config.blocks)
+        ranges = self.ranges(config)
         trained = widen(ranges, config.blocks.overlap, config.noise)
         return [
             # A relayed block also evaluates, forward only, all layers before its own.
             Piece((first, end), own, wide, end if relayed(config, (first, end)) else end - first, end - first)
             for (first, end), own, wide in zip(layers, ranges, trained, strict=True)
         ]
+
+    def ranges(self, config: RunConfig) -> list[NoiseRange]:
+        """The ranges of Gaussian noise that the blocks answer for, highest first.
+
+        Raises:
+            UserError: one would be empty, or they follow from a codebook that the family does not have.
+        """
+        codebook = self.codebook(config) if config.blocks.partition.kind == "equal_information" else None
+        return partition(config.noise, config.blocks, codebook)
 
     def whole(self, config: RunConfig) -> Piece:
         """The end-to-end network as the only piece."""
@@ -161,12 +177,11 @@ def relayed(config: RunConfig, layers: tuple[int, int]) -> bool:
 
 
 @torch.no_grad()
-def features_before(modules: Sequence[TrainableModule], batch: Batch) -> Tensor:
-    """What the last of `modules`, the first blocks of a network, hands on of a batch; each goes on from another."""
-    passed: dict[str, Tensor] = {}
+def walk_to(modules: Sequence[TrainableModule], batch: Batch, draw: Draw) -> Batch:
+    """The batch with what the last of `modules`, the first blocks of a network, hands on; each goes on from another."""
     for module in modules:
-        passed = {RELAYED: module.features({**batch, **passed})}
-    return passed[RELAYED]
+        batch = {**batch, **module.hand_on(batch, draw)}
+    return batch
 
 
 def family_of(config: RunConfig) -> Family:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dbtrain.config import RunConfig
 from dbtrain.diffusion.codebook import make_codebook
-from dbtrain.diffusion.partition import partition, widen
+from dbtrain.diffusion.partition import widen
 from dbtrain.diffusion.precondition import c_in
 from dbtrain.model_config import RecurrentLMConfig
 from dbtrain.models.causal_lm import CausalLMBlock, TokenModel, initialise_tokens
@@ -243,7 +243,7 @@ class RecurrentLMFamily(Family):
 
     def cut(self, config: RunConfig) -> list[Piece]:
         """All layers for every block, each of them evaluated once a step; ranges of Gaussian noise."""
-        ranges = partition(config.noise, config.blocks)
+        ranges = self.ranges(config)
         trained = widen(ranges, config.blocks.overlap, config.noise)
         depth = config.model.depth
         return [Piece((0, depth), own, wide, depth) for own, wide in zip(ranges, trained, strict=True)]

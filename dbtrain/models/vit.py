@@ -15,7 +15,18 @@ from dbtrain.diffusion.codebook import make_codebook
 from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.diffusion.precondition import c_in, c_noise, weights
 from dbtrain.model_config import ViTConfig
-from dbtrain.models.family import RELAYED, Batch, Draw, Family, TrainableModule, register, relayed
+from dbtrain.models.family import (
+    BELIEF,
+    CODE,
+    FEATURES,
+    Batch,
+    Draw,
+    Family,
+    TrainableModule,
+    register,
+    relayed,
+    relays,
+)
 from dbtrain.models.layers import (
     FinalNorm,
     NoiseEmbedding,
@@ -101,11 +112,19 @@ class ViTBlock(TrainableModule):
     codebook: Tensor
 
     def __init__(
-        self, config: RunConfig, num_layers: int, trained: NoiseRange, codebook: Tensor, relayed: bool = False
+        self,
+        config: RunConfig,
+        num_layers: int,
+        own: NoiseRange,
+        trained: NoiseRange,
+        codebook: Tensor,
+        relayed: bool = False,
     ):
-        """`trained` is the range of noise levels the loss draws from; `codebook` (classes, width) is frozen. A
-        `relayed` block takes up what the block before it has made of the image."""
+        """The block answers for the noise levels in `own`, and its loss draws from those in `trained`; `codebook`
+        (classes, width) is frozen. A `relayed` block goes on from what the block before it says, in training as in the
+        chain, at the top of its own range."""
         super().__init__()
+        self.own = own
         model, self.noise = _model(config), config.noise
         self.trained = trained
         self.distribution = NoiseDistribution.from_config(config.noise)
@@ -123,10 +142,11 @@ class ViTBlock(TrainableModule):
         self.reader.initialise()
 
     def features(self, batch: Batch) -> Tensor:
-        """What the layers make of the image, (N, T, width); a relayed block adds what the one before has made of it."""
+        """What the layers make of the image, (N, T, width); a relayed block adds what the one before has made of it,
+        if there is one."""
         tokens = self.stem(batch["image"])
-        if self.relay_norm is not None:
-            tokens = tokens + self.relay_norm(batch[RELAYED])
+        if self.relay_norm is not None and FEATURES in batch:
+            tokens = tokens + self.relay_norm(batch[FEATURES])
         features: Tensor = apply_layers(self.layers, self.dropout(tokens), recompute=self.recompute)
         return features
 
@@ -137,10 +157,8 @@ class ViTBlock(TrainableModule):
         return logits
 
     def forward(self, image_nchw: Tensor, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
-        """Logits (N, classes) of the label, given the image and its label's code at noise level sigma (N,).
-
-        Of a block that is not relayed; the others need `features` of a batch that says what they go on from.
-        """
+        """Logits (N, classes) of the label, given the image and its label's code at noise level sigma (N,), where no
+        block came before."""
         return self.denoise(self.features({"image": image_nchw}), z_nd, sigma_n)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
@@ -149,12 +167,35 @@ class ViTBlock(TrainableModule):
         shape = (batch_size, self.codebook.shape[1])
         return {"sigma": sigma, "eps": torch.randn(shape, generator=generator, device=generator.device)}
 
+    def hand_on(self, batch: Batch, draw: Draw) -> Batch:
+        """The block's step of the chain, at the top of its own range, with the softmax bridge."""
+        features = self.features(batch)
+        z, sigma = self._chain_state(batch, draw)
+        answer = self._complete(self.denoise(features, z, sigma), batch).log_softmax(dim=-1)
+        a = self.own.low / self.own.high
+        return {FEATURES: features, BELIEF: answer, CODE: a * z + (1.0 - a) * (answer.exp() @ self.codebook)}
+
+    def _chain_state(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """z and sigma where the chain comes to this block: the code handed on, or pure noise."""
+        eps = draw["eps"]
+        sigma = torch.full((len(eps),), self.own.high, device=eps.device)
+        return batch.get(CODE, self.own.high * eps), sigma
+
+    def _complete(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits of a relayed block are what it adds to the belief of the one before."""
+        return logits.float() + batch[BELIEF] if BELIEF in batch else logits.float()
+
     def training_loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """Weighted cross-entropy of the label; the weight is each sample's own (method of Karras et al. 2022)."""
-        sigma = draw["sigma"]
-        z = self.codebook[batch["label"]] + sigma[:, None] * draw["eps"]
-        logits = self.denoise(self.features(batch), z, sigma)
-        loss = F.cross_entropy(logits.float(), batch["label"], reduction="none")
+        """Weighted cross-entropy of the label; the weight is each sample's own (method of Karras et al. 2022).
+
+        The noisy code is made from the label; that of a relayed block comes down the chain, which knows no label."""
+        if BELIEF in batch:
+            z, sigma = self._chain_state(batch, draw)
+        else:
+            sigma = draw["sigma"]
+            z = self.codebook[batch["label"]] + sigma[:, None] * draw["eps"]
+        logits = self._complete(self.denoise(self.features(batch), z, sigma), batch)
+        loss = F.cross_entropy(logits, batch["label"], reduction="none")
         return (weights(self.noise.weight, sigma, self.noise.sigma_data) * loss).mean()
 
 
@@ -210,7 +251,10 @@ class ViTFamily(Family):
     ) -> ViTBlock:
         """A block of `layers[1] - layers[0]` layers."""
         assert codebook is not None
-        return ViTBlock(config, layers[1] - layers[0], trained, codebook, relayed(config, layers))
+        own = trained
+        if relays(config, "blocks"):  # only then it is asked for
+            (own,) = [piece.noise for piece in self.cut(config) if piece.layers == layers and piece.noise is not None]
+        return ViTBlock(config, layers[1] - layers[0], own, trained, codebook, relayed(config, layers))
 
     def build_end_to_end(self, config: RunConfig) -> ViTEndToEnd:
         """The baseline."""

@@ -21,7 +21,7 @@ from dbtrain.config import RunConfig
 from dbtrain.diffusion.codebook import digest
 from dbtrain.errors import CorruptData
 from dbtrain.models import Family, Piece, TrainableModule, family_of
-from dbtrain.models.family import RELAYED, features_before, relays
+from dbtrain.models.family import relays, walk_to
 from dbtrain.models.layers import layers_of
 from dbtrain.plan import BlockPlan, Bytes, DatasetFacts, Kind, NoiseRange, Plan
 from dbtrain.training.stem import averages_stems, check_same_stems
@@ -279,8 +279,5 @@ def _loss(
 ) -> Tensor:
     """The training loss of an example batch, on the module's device; `before` are the blocks it goes on from."""
     device = next(module.parameters()).device
-    batch = family.example_batch(config, micro_batch)
-    if before:
-        batch = {**batch, RELAYED: features_before(before, batch)}
-    draw = module.example_draw(micro_batch)
-    return module.training_loss(batch, {name: value.to(device) for name, value in draw.items()})
+    draw = {name: value.to(device) for name, value in module.example_draw(micro_batch).items()}
+    return module.training_loss(walk_to(before, family.example_batch(config, micro_batch), draw), draw)

@@ -1,8 +1,12 @@
 """Relay: a block goes on from what the blocks before it make of a sample, by weights left in the run's folder.
 
+It trains on what it will meet in the chain: the features of the block before, its belief, and the code that the walk
+has come to. Its logits are added to that belief, so that it learns to complete it.
+
+
 Every `blocks.relay_every` steps a block publishes its weights (averaged ones, where the run keeps them), and looks for
-those of the blocks before it. It computes their features itself, forward only: nobody waits for anybody, and the death
-of a worker costs the others nothing but newer features.
+those of the blocks before it. It walks the chain up to itself, forward only: nobody waits for anybody, and the death
+of a worker costs the others nothing but newer weights.
 
 ```
 blocks/00/relay/step-00000500.safetensors   weights for the blocks after this one, kept to the end of the run
@@ -12,7 +16,8 @@ A block's bytes are a function of the configuration and of relay.jsonl, which is
 whoever resumes does the same as before. A block at step s takes what others published at least one interval earlier in
 their own steps, so that blocks of about equal speed all do what the plain case does: one process, block after block.
 
-Sources: decoupled greedy learning (Belilovsky et al. 2020), with the blocks' denoising loss as the local one.
+Sources: decoupled greedy learning (Belilovsky et al. 2020) for the features; functional gradient boosting (Friedman
+2001) for the belief.
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ import torch
 from torch import Tensor
 
 from dbtrain.errors import CorruptData
-from dbtrain.models import Batch, TrainableModule, family_of
-from dbtrain.models.family import RELAYED, features_before
+from dbtrain.models import Batch, Draw, TrainableModule, family_of
+from dbtrain.models.family import walk_to
 from dbtrain.run_directory import BlockDirectory, RunDirectory
 from dbtrain.training.ema import EMA
 from dbtrain.training.initial import initial_module
@@ -39,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 class Relay:
-    """One block's part: it publishes for those after it, and computes the features of those before it."""
+    """One block's part: it publishes for those after it, and walks the chain of those before it."""
 
     def __init__(self, run: RunDirectory, index: int, attempt: int, room: Room, device: torch.device):
         """Builds the blocks before `index`, without gradients, in evaluation mode, with their first weights."""
@@ -59,14 +64,14 @@ class Relay:
         self._at: int | None = None
         self._schedule = _read_schedule(self._directory)
 
-    def enter(self, batch: Batch, step: int) -> Batch:
-        """The batch of the step after `step` finished ones, with the features that the block goes on from."""
+    def enter(self, batch: Batch, draw: Draw, step: int) -> Batch:
+        """The batch of the step after `step` finished ones, with what the block before hands on."""
         if not self._modules:
             return batch
         due = step - step % self._every
         if due != self._at:
             self._refresh(due)
-        return {**batch, RELAYED: features_before(self._modules, batch)}
+        return walk_to(self._modules, batch, draw)
 
     def publishes(self, step: int) -> bool:
         """Whether it is time after `step` finished steps, and somebody may want the weights."""

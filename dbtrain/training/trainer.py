@@ -246,12 +246,12 @@ class BlockTrainer:
         """One optimiser step; returns the gradients' norm, on the device."""
         config, cursor = self.config, self._cursor
         batch: Batch = self._loader.batch(cursor)
-        if self._relay is not None:
-            batch = self._relay.enter(batch, self.step)
         draw = self.module.draw(
             self.plan.batch_size,
             generator(step_key(config.seed, "noise", block=self.index, step=cursor), self.device),
         )
+        if self._relay is not None:
+            batch = self._relay.enter(batch, draw, self.step)
         rate = learning_rate(self.step, self.plan.steps, config.optimiser.lr, self._schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

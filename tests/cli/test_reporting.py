@@ -72,8 +72,8 @@ def test_the_page_says_what_the_files_say(trained_runs: Path, place: Path) -> No
     wall = [f"{driven_seconds(each.events())[0]:,.1f}" for each in (ours, theirs)]
     assert beside["wall time, s"] == wall
     readouts = page.rows("quality", 1)
-    assert readouts["product (in use)"] == [mine.metric.show(mine.readouts["product"])]
-    assert readouts["end to end: accuracy"] == [other.metric.show(other.value)]
+    for title, name, of in (("product (in use)", "product", mine), ("end to end: accuracy", "accuracy", other)):
+        assert readouts[title] == [of.metric.show(of.readouts[name]), f"{100 * of.calibration[name]:.2f}"]
     assert len(page.tables["quality"][2]) == 1 + len(mine.chain)
 
     memory = page.rows("memory")

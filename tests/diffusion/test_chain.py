@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dbtrain.config import READOUTS, BlocksConfig, ChainConfig, NoiseConfig, PartitionConfig
-from dbtrain.diffusion.chain import ChainTrace, Denoise, read_out, run_chain, sigma_grid
+from dbtrain.diffusion.chain import ChainTrace, Denoise, Fresh, read_out, run_chain, sigma_grid
 from dbtrain.diffusion.codebook import make_codebook
 from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.diffusion.partition import owner, partition
@@ -230,3 +230,75 @@ def test_stopping_early_gives_the_first_steps_of_the_same_walk(stop_after: int) 
     assert (early.sigmas, early.blocks) == (whole.sigmas[:stop_after], whole.blocks[:stop_after])
     for ours, theirs in zip(early.log_probs, whole.log_probs, strict=False):
         assert torch.equal(ours, theirs)
+
+
+def test_a_walk_without_a_block_by_hand() -> None:
+    """Two labels at +1 and -1; every block is sure of the first: D = 1, and z' = a z + (1 - a)."""
+    ranges = [NoiseRange(low=8.0, high=16.0), NoiseRange(low=2.0, high=8.0), NoiseRange(low=1.0, high=2.0)]
+    noise = NoiseConfig(sigma_min=1.0, sigma_max=16.0)
+    codes = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    seen: list[tuple[int, float, float]] = []
+
+    def denoise(block: int, z: Tensor, sigma: float) -> Tensor:
+        seen.append((block, float(z), sigma))
+        return torch.tensor([[0.0, -torch.inf]], dtype=torch.float64)
+
+    def walk(*skip: int) -> list[tuple[int, float, float]]:
+        seen.clear()
+        run_chain(denoise, ranges, codes, noise, 3, "softmax", torch.tensor([[32.0]]).double(), skip=skip)
+        return list(seen)
+
+    assert walk() == [(0, 32.0, 16.0), (1, 16.5, 8.0), (2, 0.25 * 16.5 + 0.75, 2.0)]
+    assert walk(1) == [(0, 32.0, 16.0), (2, 32 / 8 + 7 / 8, 2.0)]
+    assert walk(2) == [(0, 32.0, 16.0), (1, 16.5, 8.0)]
+    assert walk(0) == [(1, 16.0, 8.0), (2, 0.25 * 16.0 + 0.75, 2.0)]  # twice its level, as at the start
+    assert walk(0, 1) == [(2, 4.0, 2.0)]
+    with pytest.raises(ValueError, match="at least one block"):
+        walk(0, 1, 2)
+
+
+def _fresh(n: int) -> Fresh:
+    return lambda step: torch.rand(n, 9, generator=generator(step), dtype=torch.float64)
+
+
+def test_the_sampling_bridge_draws_a_label_and_fresh_noise_at_every_step() -> None:
+    seen: list[tuple[Tensor, float]] = []
+    answer = bayes(P_OF_Y)
+
+    def denoise(block: int, z: Tensor, sigma: float) -> Tensor:
+        seen.append((z, sigma))
+        return answer(block, z, sigma)
+
+    trace = run_chain(denoise, RANGES, CODEBOOK, NOISE, 5, "sample", start(50), fresh=_fresh(50))
+    for step, ((z, sigma), said) in enumerate(zip(seen[1:], trace.log_probs, strict=False), 1):
+        uniform = _fresh(50)(step)
+        labels = [
+            next(label for label, top in enumerate(row.exp().cumsum(0)) if u < top)
+            for row, u in zip(said, uniform[:, 0], strict=True)
+        ]
+        assert torch.allclose(z, CODEBOOK[labels] + sigma * torch.special.ndtri(uniform[:, 1:]), atol=1e-9)
+    with pytest.raises(ValueError, match="fresh"):
+        run_chain(answer, RANGES, CODEBOOK, NOISE, 5, "sample", start(50))
+
+
+def test_with_exact_posteriors_the_sampling_bridge_samples_the_labels_prior_in_three_steps() -> None:
+    """Each level is visited with its own distribution, so the answers average to p(y) however long the steps are."""
+    n = 20_000
+    trace = run_chain(bayes(P_OF_Y), RANGES, CODEBOOK, NOISE, 3, "sample", start(n), fresh=_fresh(n))
+    for said in trace.log_probs:
+        assert torch.allclose(said.exp().mean(0), P_OF_Y, atol=0.015)
+    assert torch.bincount(trace.log_probs[-1].argmax(-1), minlength=5) / n == pytest.approx(P_OF_Y, abs=0.02)
+
+
+def test_a_label_of_no_probability_is_never_drawn() -> None:
+    said = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0], dtype=torch.float64).log()
+    codes: list[Tensor] = []
+
+    def denoise(block: int, z: Tensor, sigma: float) -> Tensor:
+        codes.append(z)
+        return said.expand(4, 5)
+
+    ends = torch.full((4, 9), 0.5, dtype=torch.float64)
+    ends[:, 0] = torch.tensor([0.0, 0.49, 0.51, 1 - 2.0**-53], dtype=torch.float64)
+    run_chain(denoise, RANGES, CODEBOOK, NOISE, 3, "sample", start(4), fresh=lambda step: ends)
+    assert torch.allclose(codes[1], CODEBOOK[[1, 1, 2, 2]])

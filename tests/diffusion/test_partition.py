@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbtrain.config import BlocksConfig, NoiseConfig, PartitionConfig
+from dbtrain.diffusion.codebook import make_codebook
+from dbtrain.diffusion.information import equal_information_edges
 from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.diffusion.partition import owner, partition, widen
 from dbtrain.diffusion.precondition import weights
@@ -96,6 +98,14 @@ def test_mean_edm_weight_of_each_block_matches_the_paper() -> None:
         for trained in widen(cut(3), 0.05, NOISE)
     ]
     assert means == pytest.approx([6.1, 17.5, 468.0], rel=0.01)
+
+
+def test_equal_information_follows_from_the_codebook() -> None:
+    blocks = BlocksConfig(count=3, partition=PartitionConfig(kind="equal_information"))
+    found = edges(partition(NOISE, blocks, make_codebook(10, 16, 1.0, seed=0)))
+    assert found == [80.0, *equal_information_edges(torch.eye(10), 3, 0.002, 80.0), 0.002]
+    with pytest.raises(UserError, match=r"blocks\.partition\.kind = .*equal_information.*codes of labels.*equal_prob"):
+        partition(NOISE, blocks)
 
 
 def test_an_edge_belongs_to_the_block_below_it() -> None:

@@ -14,12 +14,13 @@ from dbtrain.config import READOUTS
 from dbtrain.data.loader import iterate_split
 from dbtrain.data.shards import ShardSet
 from dbtrain.data.transforms import EvalTransform
+from dbtrain.diffusion.chain import read_out
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.inference.accuracy import evaluate_classifier
 from dbtrain.inference.classify import Classifier
 from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.evaluation import ACCURACY, Evaluation
-from dbtrain.inference.runs import EVALUATION, evaluation_of, model_of
+from dbtrain.inference.runs import EVALUATION, evaluation_known, evaluation_of, model_of
 from dbtrain.run_directory import RunDirectory
 
 
@@ -61,6 +62,48 @@ def test_numbers_against_a_recount(classifier: Classifier, evaluation: Evaluatio
     assert evaluation.alone[0]["cross_entropy"] == pytest.approx(first, rel=1e-4)
 
 
+def test_the_chain_without_a_block(classifier: Classifier, evaluation: Evaluation, digits: Path) -> None:
+    shards = ShardSet.open(digits, "test")
+    facts = classifier.model.plan.data
+    assert facts is not None
+    (batch,) = iterate_split(shards, EvalTransform(facts.mean, facts.std), shards.rows)
+    images, labels, positions = batch["image"], batch["label"], np.arange(shards.rows)
+    assert [point["block"] for point in evaluation.without] == [0, 1, 2]
+    # Without its last block the chain is the walk that stops before it.
+    shorter = classifier.trace(images, positions, 0, stop_after=2)
+    for name in ("last", "product"):
+        hits = (read_out([shorter], name).argmax(-1) == labels).float().mean()
+        assert evaluation.without[2][name] == pytest.approx(float(hits))
+    # Without its first, the second says what it says alone, and hands that on.
+    z = classifier.model.ranges[1].high * classifier.start(positions, 0)
+    said = classifier.log_probs(images, 1, z, classifier.model.ranges[1].high)
+    trace = classifier.trace(images, positions, 0, skip={0})
+    assert trace.blocks == (1, 2)
+    assert torch.allclose(trace.log_probs[0], said, atol=1e-4)
+    hits = (trace.log_probs[-1].argmax(-1) == labels).float().mean()
+    assert evaluation.without[0]["last"] == pytest.approx(float(hits))
+
+
+def test_calibration_against_a_recount(classifier: Classifier, evaluation: Evaluation, digits: Path) -> None:
+    shards = ShardSet.open(digits, "test")
+    facts = classifier.model.plan.data
+    assert facts is not None
+    (batch,) = iterate_split(shards, EvalTransform(facts.mean, facts.std), shards.rows)
+    assert evaluation.calibration.keys() == evaluation.readouts.keys()
+    for name in ("first", "product", "last_mean"):
+        probabilities = classifier.probabilities(batch["image"], np.arange(shards.rows), name).double()
+        top, answers = (value.numpy() for value in probabilities.max(dim=-1))
+        hits = answers == batch["label"].numpy()
+        expected = 0.0
+        for lower in range(15):
+            inside = (top > lower / 15) & (top <= (lower + 1) / 15)
+            if inside.any():
+                expected += inside.mean() * abs(hits[inside].mean() - top[inside].mean())
+        assert evaluation.calibration[name] == pytest.approx(expected, abs=1e-5)
+    again = evaluate_classifier(classifier, shards, batch_size=7)
+    assert again.calibration == pytest.approx(evaluation.calibration, abs=0.01)
+
+
 def test_batches_and_progress(classifier: Classifier, evaluation: Evaluation, digits: Path) -> None:
     shards = ShardSet.open(digits, "test")
     seen: list[tuple[int, int]] = []
@@ -76,6 +119,8 @@ def test_a_baseline(baseline: RunDirectory) -> None:
     found = evaluate(dbtrain.load(baseline.uri).model)
     assert (found.readouts.keys(), found.metric) == ({"accuracy"}, ACCURACY)
     assert (found.kind, found.predict, found.chain, found.alone) == ("end_to_end", "accuracy", (), ())
+    assert 0.0 < found.calibration["accuracy"] < 1.0
+    assert found.without == ()
 
 
 def test_it_is_remembered_until_the_model_changes(own_run: RunDirectory) -> None:
@@ -108,6 +153,19 @@ def test_a_damaged_memory_is_made_again(own_run: RunDirectory, text: str) -> Non
     own_run.storage.write_atomic(EVALUATION, text.encode())
     assert evaluation_of(own_run).rows > 0
     assert json.loads(own_run.storage.read_text(EVALUATION))["of"]["split"] == "test"
+
+
+def test_one_without_calibration_is_read_by_reports_and_made_again_where_it_is_asked_for(own_run: RunDirectory) -> None:
+    first = evaluation_of(own_run)
+    kept = json.loads(own_run.storage.read_text(EVALUATION))
+    for name in ("calibration", "without"):
+        del kept["evaluation"][name]
+    own_run.storage.write_atomic(EVALUATION, json.dumps(kept).encode())
+    old = evaluation_known(own_run, kept["of"]["sha256"])
+    assert old is not None
+    assert (old.readouts, old.calibration, old.without) == (first.readouts, {}, ())
+    assert evaluation_of(own_run) == first
+    assert json.loads(own_run.storage.read_text(EVALUATION))["evaluation"]["calibration"] == first.calibration
 
 
 def test_shards_that_have_moved(own_run: RunDirectory, digits: Path, tmp_path: Path) -> None:

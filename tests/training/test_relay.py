@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,14 +16,14 @@ from dbtrain.assembly.loading import load_model
 from dbtrain.config import RunConfig
 from dbtrain.errors import UserError
 from dbtrain.inference.classify import Classifier
-from dbtrain.models.family import features_before
+from dbtrain.models import family_of
+from dbtrain.models.family import BELIEF, CODE, FEATURES, walk_to
 from dbtrain.orchestration.driver import Snapshot
 from dbtrain.orchestration.run import train_run
 from dbtrain.orchestration.state import BlockState
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.run_directory import RunDirectory
-from dbtrain.training.planner import make_plan
-from dbtrain.training.trainer import BlockTrainer
+from dbtrain.training.planner import build_module, make_plan
 
 SmallConfig = Callable[..., RunConfig]
 
@@ -105,8 +106,40 @@ def test_the_assembled_chain_sees_the_features_that_training_saw(config: RunConf
     _digest(config, tmp_path / "run")
     model = load_model(str(tmp_path / "run"))
     images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = features_before(model.modules[:2], {"image": images})
-    torch.testing.assert_close(Classifier(model).features(images)[1], expected)
+    classifier, positions = Classifier(model), np.arange(5)
+    handed = walk_to(model.modules, {"image": images}, {"eps": classifier.start(positions, 0)})
+    torch.testing.assert_close(classifier.features(images)[2], handed[FEATURES])
+    torch.testing.assert_close(classifier.trace(images, positions, 0).log_probs[-1], handed[BELIEF])
+    assert model.config.chain.readout == "last"
+
+
+def test_no_label_is_handed_on(config: RunConfig) -> None:
+    family = family_of(config)
+    codebook = family.codebook(config)
+    modules = [
+        build_module(family, config, piece.layers, piece.noise, codebook).eval() for piece in family.cut(config)[:2]
+    ]
+    image = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    draw = modules[0].draw(4, torch.Generator().manual_seed(1))
+    one, other = (
+        walk_to(modules, {"image": image, "label": torch.tensor(labels)}, draw) for labels in ([0] * 4, [1] * 4)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in (FEATURES, BELIEF, CODE))
+
+
+def test_logits_of_a_relayed_block_complete_the_belief(config: RunConfig) -> None:
+    """The loss is that of the sum: where the belief is sure and right, nothing is left to learn."""
+    family = family_of(config)
+    piece = family.cut(config)[1]
+    block = build_module(family, config, piece.layers, piece.noise, family.codebook(config)).eval()
+    batch = {"image": torch.zeros(2, 1, 8, 8), "label": torch.tensor([3, 4])}
+    draw = block.draw(2, torch.Generator().manual_seed(0))
+    believed = {FEATURES: torch.zeros(2, 4, 16), CODE: torch.zeros(2, 16)}
+    for sure, low, high in ((50.0, 0.0, 1e-6), (-50.0, 40.0, 60.0)):
+        belief = torch.zeros(2, 10)
+        belief[torch.arange(2), batch["label"]] = sure
+        loss = block.training_loss({**batch, **believed, BELIEF: belief.log_softmax(-1)}, draw)
+        assert low <= float(loss) <= high
 
 
 def test_planned_bytes_hold_the_blocks_before(config: RunConfig, small_config: SmallConfig, tmp_path: Path) -> None:
@@ -161,15 +194,3 @@ def test_on_ray_with_a_worker_killed(config: RunConfig, tmp_path: Path) -> None:
         (followed / f"blocks/{block}").mkdir(parents=True, exist_ok=True)
         (followed / f"blocks/{block}/relay.jsonl").write_bytes((run / f"blocks/{block}/relay.jsonl").read_bytes())
     assert _digest(longer, followed) == expected
-
-
-def test_the_trainer_shows_its_block_the_features_before(config: RunConfig, tmp_path: Path) -> None:
-    """The first layer after the stem of block 1 must feel what block 0 hands on."""
-    _digest(config, tmp_path / "run")
-    trainer = BlockTrainer(RunDirectory.open(tmp_path / "run"), 1, 99)
-    assert trainer._relay is not None
-    batch = trainer._relay.enter({"image": torch.randn(4, 1, 8, 8)}, 50)
-    with_them = trainer.module.features(batch)
-    without = trainer.module.features({**batch, "relayed": torch.randn_like(batch["relayed"])})
-    assert (with_them - without).abs().max() > 1e-3
-    trainer.close()

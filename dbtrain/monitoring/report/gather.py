@@ -214,7 +214,7 @@ def _is_sound(evaluation: Evaluation) -> bool:
     def told_of(point: Point) -> bool:
         return isinstance(point, dict) and {"block", metric} <= point.keys() and all(map(_is_number, point.values()))
 
-    figures = [*evaluation.readouts.values(), *evaluation.also.values()]
+    figures = [*evaluation.readouts.values(), *evaluation.also.values(), *evaluation.calibration.values()]
     in_use = evaluation.predict in evaluation.readouts
     return in_use and all(map(_is_number, figures)) and all(map(told_of, (*evaluation.chain, *evaluation.alone)))
 

@@ -115,15 +115,22 @@ def _memory_row(block: BlockPlan, peak: int | None) -> tuple[str, ...]:
 
 
 def read_outs(ours: Evaluation, theirs: Evaluation | None) -> Table:
-    """The metric by read-out."""
+    """The metric by read-out, with its calibration if that was measured."""
     rows = [
-        (name + (" (in use)" if name == ours.predict and len(ours.readouts) > 1 else ""), ours.metric.show(value))
-        for name, value in ours.readouts.items()
+        _readout(name + (" (in use)" if name == ours.predict and len(ours.readouts) > 1 else ""), name, ours)
+        for name in ours.readouts
     ]
     if theirs is not None:
-        rows += [(f"end to end: {name}", theirs.metric.show(value)) for name, value in theirs.readouts.items()]
-    rows += [(name.replace("_", " "), _figure(value)) for name, value in ours.also.items()]
-    return Table(("read-out", ours.metric.title), tuple(rows))
+        rows += [_readout(f"end to end: {name}", name, theirs) for name in theirs.readouts]
+    rows += [(name.replace("_", " "), _figure(value), NOTHING) for name, value in ours.also.items()]
+    heads = ("read-out", ours.metric.title, "calibration error, %")
+    columns = len(heads) if ours.calibration else len(heads) - 1
+    return Table(heads[:columns], tuple(row[:columns] for row in rows))
+
+
+def _readout(title: str, name: str, evaluation: Evaluation) -> tuple[str, ...]:
+    error = evaluation.calibration.get(name)
+    return title, evaluation.metric.show(evaluation.readouts[name]), NOTHING if error is None else f"{100 * error:.2f}"
 
 
 def points(found: Sequence[Point], evaluation: Evaluation) -> Table:
