@@ -167,7 +167,7 @@ def expand(sweep: SweepFile, overrides: Sequence[str] = ()) -> list[RowJobs]:
     found, mistakes = [], []
     for row in sweep.rows:
         try:
-            jobs = _jobs_of(sweep, row, overrides)
+            jobs = jobs_of(sweep, row, overrides)
             first = next(iter(jobs.reported.values()))[0]
             make_plan(first.config, row.kind, ensure_prepared(first.config).facts())
             found.append(jobs)
@@ -179,7 +179,8 @@ def expand(sweep: SweepFile, overrides: Sequence[str] = ()) -> list[RowJobs]:
     return found
 
 
-def _jobs_of(sweep: SweepFile, row: Row, overrides: Sequence[str]) -> RowJobs:
+def jobs_of(sweep: SweepFile, row: Row, overrides: Sequence[str] = ()) -> RowJobs:
+    """The runs of one row; no data is looked at."""
     if not sweep.tunes(row):
         _check_free(["seed"], [*sweep.set, *row.set, *overrides])
         return RowJobs(row, (), {None: tuple(_job(sweep, row, None, seed, overrides) for seed in sweep.seeds)})

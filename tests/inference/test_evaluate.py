@@ -76,7 +76,7 @@ def test_the_chain_without_a_block(classifier: Classifier, evaluation: Evaluatio
         assert evaluation.without[2][name] == pytest.approx(float(hits))
     # Without its first, the second says what it says alone, and hands that on.
     z = classifier.model.ranges[1].high * classifier.start(positions, 0)
-    said = classifier.log_probs(images, 1, z, classifier.model.ranges[1].high)
+    said = classifier.log_probs(classifier.features(images)[1], 1, z, classifier.model.ranges[1].high)
     trace = classifier.trace(images, positions, 0, skip={0})
     assert trace.blocks == (1, 2)
     assert torch.allclose(trace.log_probs[0], said, atol=1e-4)

@@ -33,6 +33,9 @@ def _assert_same_training(one: RunDirectory, several: RunDirectory) -> None:
     expected, found = _tensors(one), _tensors(several)
     assert {name: value.shape for name, value in found.items()} == {n: value.shape for n, value in expected.items()}
     for name, value in found.items():
+        if name.endswith("reader.kv.bias"):
+            # What all keys have in common changes no attention: its gradient is rounding alone, which Adam makes large.
+            value, expected[name] = value.chunk(2)[1], expected[name].chunk(2)[1]
         # Adam divides by the gradient's own size: where that is rounding, so is the update.
         torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=2e-4)
 
