@@ -29,13 +29,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dbtrain.errors import CorruptData
+from dbtrain.errors import CorruptData, NoRoom
 from dbtrain.models import Batch, Draw, TrainableModule, family_of
 from dbtrain.models.family import walk_to
 from dbtrain.run_directory import BlockDirectory, RunDirectory
 from dbtrain.training.ema import EMA
-from dbtrain.training.initial import initial_module
-from dbtrain.training.room import Room
+from dbtrain.training.initial import beginning, initial_module
 
 _FOLDER = "relay"
 _Seen = dict[int, int]  # by block before: the step whose weights are used, 0 for those it starts with
@@ -46,31 +45,27 @@ _log = logging.getLogger(__name__)
 class Relay:
     """One block's part: it publishes for those after it, and walks the chain of those before it."""
 
-    def __init__(self, run: RunDirectory, index: int, attempt: int, room: Room, device: torch.device):
+    def __init__(self, run: RunDirectory, index: int, attempt: int, device: torch.device):
         """Builds the blocks before `index`, without gradients, in evaluation mode, with their first weights."""
         every = run.config.blocks.relay_every
         assert every is not None
-        self._every, self._index, self._attempt, self._room = every, index, attempt, room
+        self._run, self._every, self._index, self._attempt = run, every, index, attempt
         self._directory, self._last = run.block(index), index == len(run.plan.blocks) - 1
         self._sources = [run.block(source) for source in range(index)]
-        self._first: list[dict[str, Tensor]] = []
         self._modules: list[TrainableModule] = []
         codebook = family_of(run.config).codebook(run.config)
         for source in range(index):
-            module = initial_module(run.config, run.plan, source, codebook).eval().requires_grad_(False)
-            self._first.append({name: value.clone() for name, value in module.named_parameters()})
-            self._modules.append(module.to(device))
-        self._loaded: _Seen = dict.fromkeys(range(index), 0)
-        self._at: int | None = None
+            module = initial_module(run.config, run.plan, source, codebook)
+            self._modules.append(module.eval().requires_grad_(False).to(device))
+        self._first_seen: _Seen = dict.fromkeys(range(index), 0)
+        self._loaded = dict(self._first_seen)
         self._schedule = _read_schedule(self._directory)
 
     def enter(self, batch: Batch, draw: Draw, step: int) -> Batch:
         """The batch of the step after `step` finished ones, with what the block before hands on."""
         if not self._modules:
             return batch
-        due = step - step % self._every
-        if due != self._at:
-            self._refresh(due)
+        self._look(step)
         return walk_to(self._modules, batch, draw)
 
     def publishes(self, step: int) -> bool:
@@ -80,41 +75,56 @@ class Relay:
     def publish(self, step: int, module: TrainableModule, ema: EMA | None) -> None:
         """Leave the block's weights of `step` for those after it: what the assembly would take by default.
 
+        What is there stays, because somebody may be training on it. A full disk costs the others newer weights.
+
         Raises:
-            NoRoom: the disk is full, and nobody waits for room any longer.
             StaleAttempt: the block belongs to a newer attempt.
         """
+        if _read(self._directory, step) is not None:
+            return
         weights = dict(module.named_parameters()) if ema is None else ema.tensors()
         data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
-        sealed = hashlib.sha256(data).digest() + data
         self._directory.check_fence(self._attempt)
-        self._room.write(lambda: self._directory.storage.sub(_FOLDER).write_atomic(_file(step), sealed))
+        try:
+            self._directory.storage.sub(_FOLDER).write_atomic(_file(step), hashlib.sha256(data).digest() + data)
+        except NoRoom as error:
+            _log.warning("block %d leaves no weights of step %d: %s", self._index, step, error)
 
-    def _refresh(self, due: int) -> None:
-        seen = self._schedule.get(due)
-        if seen is None or not all(self._take(source, step) for source, step in seen.items()):
-            if seen is not None:
-                _log.warning(
-                    "block %d: weights that step %d was trained with are gone; taking others", self._index, due
-                )
-            seen = {source: self._newest(source, due - self._every) for source in range(self._index)}
-            self._directory.check_fence(self._attempt)
-            line = {"step": due, "seen": {str(source): step for source, step in seen.items()}}
-            self._room.write(lambda: self._directory.log_relay(line))
-            self._schedule[due] = seen
-        self._at = due
+    def _look(self, step: int) -> None:
+        """Take the weights that the schedule names for the step after `step`; where it names none yet, the newest."""
+        due = step - step % self._every
+        known = [at for at in sorted(self._schedule) if at < due + self._every]
+        if known and known[-1] >= due:
+            at = max((at for at in known if at <= step), default=None)
+            seen = self._first_seen if at is None else self._schedule[at]
+            if all(self._take(source, taken) for source, taken in seen.items()):
+                return
+            _log.warning("block %d: weights that it used from step %s on are gone; it takes others", self._index, at)
+        self._directory.check_fence(self._attempt)
+        seen = {source: self._newest_step(source, due - self._every) for source in range(self._index)}
+        line = {"step": step, "seen": {str(source): taken for source, taken in seen.items()}}
+        try:
+            self._directory.log_relay(line)
+        except NoRoom:
+            return  # it goes on with what it has, and looks again after the next step
+        self._schedule[step] = seen
+        for source, taken in seen.items():
+            self._take(source, taken)
 
-    def _newest(self, source: int, until: int) -> int:
-        """Take the newest intact weights of a block that it published up to its step `until`; returns their step."""
+    def _newest_step(self, source: int, until: int) -> int:
+        """Step of the newest intact weights that a block published up to its step `until`; 0 for its first ones."""
         names = self._sources[source].storage.sub(_FOLDER).list()
         steps = sorted((step for name in names if (step := _step_of(name)) is not None and step <= until), reverse=True)
-        return next(step for step in [*steps, 0] if self._take(source, step))
+        return next((step for step in steps if _read(self._sources[source], step) is not None), 0)
+
+    def _first(self, source: int) -> dict[str, Tensor]:
+        return beginning(self._run.config, self._run.plan, source).model
 
     def _take(self, source: int, step: int) -> bool:
         """Load what a block published at a step of its own; False if it is not there."""
         if self._loaded[source] == step:
             return True
-        weights = self._first[source] if step == 0 else _read(self._sources[source], step)
+        weights = self._first(source) if step == 0 else _read(self._sources[source], step)
         if weights is None:
             return False
         with torch.no_grad():

@@ -116,7 +116,7 @@ class BlockTrainer:
         self._metrics = MetricsLog(self._directory, attempt)
         self._saved_step = 0
         self._loss_sum = torch.zeros((), device=self.device)
-        self._relay = Relay(run, index, attempt, self._room, self.device) if relays(config, plan.kind) else None
+        self._relay = Relay(run, index, attempt, self.device) if relays(config, plan.kind) else None
         self._stems: StemAverager | None = None
         if averages_stems(config, plan.kind):
             assert self.seat.meeting is not None, "a backend without a meeting place refuses averaged stems"

@@ -14,7 +14,7 @@ import torch
 from dbtrain.assembly.assemble import assemble
 from dbtrain.assembly.loading import load_model
 from dbtrain.config import RunConfig
-from dbtrain.errors import UserError
+from dbtrain.errors import NoRoom, UserError
 from dbtrain.inference.classify import Classifier
 from dbtrain.models import family_of
 from dbtrain.models.family import BELIEF, CODE, FEATURES, walk_to
@@ -23,7 +23,10 @@ from dbtrain.orchestration.run import train_run
 from dbtrain.orchestration.state import BlockState
 from dbtrain.orchestration.stopping import StopToken
 from dbtrain.run_directory import RunDirectory
+from dbtrain.storage import LocalStorage
+from dbtrain.training.initial import initial_module
 from dbtrain.training.planner import build_module, make_plan
+from dbtrain.training.relay import Relay
 
 SmallConfig = Callable[..., RunConfig]
 
@@ -194,3 +197,38 @@ def test_on_ray_with_a_worker_killed(config: RunConfig, tmp_path: Path) -> None:
         (followed / f"blocks/{block}").mkdir(parents=True, exist_ok=True)
         (followed / f"blocks/{block}/relay.jsonl").write_bytes((run / f"blocks/{block}/relay.jsonl").read_bytes())
     assert _digest(longer, followed) == expected
+
+
+def test_a_full_disk_costs_newer_weights_and_no_wait(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a publication nor a line of the schedule that finds no room keeps a block from training on."""
+    write, append, full = LocalStorage.write_atomic, LocalStorage.append_line, {"step-00000010.safetensors", "relay"}
+
+    def write_atomic(storage: LocalStorage, rel: str, data: bytes) -> None:
+        if rel in full:
+            raise NoRoom("no room")
+        write(storage, rel, data)
+
+    def append_line(storage: LocalStorage, rel: str, text: str) -> None:
+        if rel == "relay.jsonl" and '"step": 3' in text:
+            raise NoRoom("no room")
+        append(storage, rel, text)
+
+    monkeypatch.setattr(LocalStorage, "write_atomic", write_atomic)
+    monkeypatch.setattr(LocalStorage, "append_line", append_line)
+    _digest(config, tmp_path / "run")
+    assert [(step, seen["0"]) for step, seen in _seen(tmp_path / "run", 1).items()] == [
+        (0, 0), (10, 0), (20, 0), (40, 30), (50, 40),
+    ]  # fmt: skip
+
+
+def test_what_is_published_stays(config: RunConfig, tmp_path: Path) -> None:
+    """A block that goes back and does other steps must not change what another one trains on."""
+    _digest(config, tmp_path / "run")
+    run = RunDirectory.open(tmp_path / "run")
+    path = tmp_path / "run/blocks/00/relay/step-00000020.safetensors"
+    before = path.read_bytes()
+    relay = Relay(run, 0, 99, torch.device("cpu"))
+    relay.publish(20, initial_module(run.config, run.plan, 0, family_of(config).codebook(config)), None)
+    assert path.read_bytes() == before
