@@ -113,8 +113,8 @@ class ChainConfig(Section):
     start_noises: int = Field(8, ge=1)
     """Starting noises over which the averaged read-outs take the mean."""
     readout: str = "product"
-    """The read-out whose answer `predict` gives: first, last or product, each also with `_mean`. The product of all
-    steps' answers does best for the price of one walk (docs/results.md)."""
+    """The read-out whose answer `predict` gives: first, last or product, each also with `_mean`. The normalised
+    geometric mean of all steps' answers does best for the price of one walk (docs/results.md)."""
 
     @model_validator(mode="after")
     def _known(self) -> ChainConfig:

@@ -116,8 +116,9 @@ def run_chain(
 def read_out(traces: Sequence[ChainTrace], name: str) -> Tensor:
     """Probabilities of the labels, (N, classes), by one of `READOUTS`.
 
-    `first` and `last` are what the first and the last step said; `product` multiplies the steps' posteriors
-    and normalises. These take the first trace alone; with `_mean`, the mean of the probabilities over all
+    `first` and `last` are what the first and the last step said; `product` multiplies the steps' posteriors, each to the
+    power 1 / steps, and normalises (the logarithmic opinion pool, Genest and Zidek 1986): steps see the same evidence,
+    and the plain product would count it as often as there are steps. These take the first trace alone; with `_mean`, the mean of the probabilities over all
     traces (one a starting noise).
 
     Raises:
@@ -135,7 +136,7 @@ def read_out(traces: Sequence[ChainTrace], name: str) -> Tensor:
 def log_read_out(trace: ChainTrace, base: str) -> Tensor:
     """Log-probabilities of the labels, (N, classes), of one walk by `first`, `last` or `product`."""
     if base == "product":
-        return torch.stack(trace.log_probs).sum(dim=0).log_softmax(dim=-1)
+        return torch.stack(trace.log_probs).mean(dim=0).log_softmax(dim=-1)
     return trace.log_probs[0 if base == "first" else -1]
 
 

@@ -166,7 +166,7 @@ def trace_of(*probabilities: list[float]) -> ChainTrace:
     [
         ("first", [0.5, 0.5]),
         ("last", [0.8, 0.2]),
-        ("product", [0.5 * 0.6 * 0.8, 0.5 * 0.4 * 0.2]),
+        ("product", [(0.5 * 0.6 * 0.8) ** (1 / 3), (0.5 * 0.4 * 0.2) ** (1 / 3)]),
         ("first_mean", [0.3, 0.7]),
         ("last_mean", [0.6, 0.4]),
     ],

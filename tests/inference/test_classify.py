@@ -92,7 +92,7 @@ def test_read_outs(classifier: Classifier, pictures: Pictures, name: str) -> Non
     each = []
     for trace in traces:
         said = torch.stack(trace.log_probs)
-        logs = {"first": said[0], "last": said[-1], "product": said.sum(0).log_softmax(-1)}
+        logs = {"first": said[0], "last": said[-1], "product": said.mean(0).log_softmax(-1)}
         each.append(logs[name.removesuffix("_mean")].exp())
     expected = torch.stack(each).mean(0)
     found = classifier.predict(list(pictures), readout=name)

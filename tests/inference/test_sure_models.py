@@ -45,7 +45,7 @@ def _bits(log_probs_tv: Tensor, tokens: Tensor) -> float:
 def _by_hand(traces: list[ChainTrace], name: str) -> Tensor:
     base = name.removesuffix("_mean")
     walks = [torch.stack(trace.log_probs).double() for trace in (traces if name != base else traces[:1])]
-    each = {"first": lambda w: w[0], "last": lambda w: w[-1], "product": lambda w: w.sum(dim=0).log_softmax(dim=-1)}
+    each = {"first": lambda w: w[0], "last": lambda w: w[-1], "product": lambda w: w.mean(dim=0).log_softmax(dim=-1)}
     return torch.stack([each[base](walk) for walk in walks]).logsumexp(dim=0) - math.log(len(walks))
 
 

@@ -31,9 +31,17 @@ from dbtrain.training.relay import Relay
 SmallConfig = Callable[..., RunConfig]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(small_config: SmallConfig) -> RunConfig:
     return small_config(blocks={"relay_every": 10}, training={"steps": 60}, checkpoints={"every": 25})
+
+
+@pytest.fixture(scope="module")
+def plain(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain case, finished and assembled: one process, block after block."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    _digest(config, run)
+    return run
 
 
 def _digest(config: RunConfig, run: Path, **options: object) -> str:
@@ -46,12 +54,9 @@ def _seen(run: Path, block: int) -> dict[int, dict[str, int]]:
     return {line["step"]: line["seen"] for line in RunDirectory.open(run).block(block).relay_schedule()}
 
 
-def test_a_block_takes_what_was_published_one_interval_before(config: RunConfig, tmp_path: Path) -> None:
-    _digest(config, tmp_path / "run")
-    assert _seen(tmp_path / "run", 0) == {}
-    assert _seen(tmp_path / "run", 2) == {
-        step: {"0": max(0, step - 10), "1": max(0, step - 10)} for step in range(0, 60, 10)
-    }
+def test_a_block_takes_what_was_published_one_interval_before(plain: Path) -> None:
+    assert _seen(plain, 0) == {}
+    assert _seen(plain, 2) == {step: {"0": max(0, step - 10), "1": max(0, step - 10)} for step in range(0, 60, 10)}
 
 
 def test_a_predecessor_that_is_behind_or_damaged_is_not_waited_for(config: RunConfig, tmp_path: Path) -> None:
@@ -74,8 +79,8 @@ def test_a_predecessor_that_is_behind_or_damaged_is_not_waited_for(config: RunCo
     assert [seen["0"] for seen in _seen(again, 2).values()] == [0, 0, 10, 20, 20, 40]
 
 
-def test_stopped_and_started_again_to_the_byte(config: RunConfig, tmp_path: Path) -> None:
-    expected = _digest(config, tmp_path / "plain")
+def test_stopped_and_started_again_to_the_byte(config: RunConfig, plain: Path, tmp_path: Path) -> None:
+    expected = assemble(RunDirectory.open(plain)).sha256
     run, token = tmp_path / "stopped", StopToken()
 
     class Stop:
@@ -87,9 +92,9 @@ def test_stopped_and_started_again_to_the_byte(config: RunConfig, tmp_path: Path
     assert _digest(config, run) == expected
 
 
-def test_the_same_schedule_gives_the_same_bytes(config: RunConfig, tmp_path: Path) -> None:
+def test_the_same_schedule_gives_the_same_bytes(config: RunConfig, plain: Path, tmp_path: Path) -> None:
     """Whatever was there when a block looked: who follows its relay.jsonl gets its bytes."""
-    expected = _digest(config, tmp_path / "plain")
+    expected = assemble(RunDirectory.open(plain)).sha256
     odd, followed = tmp_path / "odd", tmp_path / "followed"
     other = _digest(config, odd, order=[1, 0, 2])
     assert other != expected
@@ -105,9 +110,8 @@ def _at_once() -> StopToken:
     return token
 
 
-def test_the_assembled_chain_sees_the_features_that_training_saw(config: RunConfig, tmp_path: Path) -> None:
-    _digest(config, tmp_path / "run")
-    model = load_model(str(tmp_path / "run"))
+def test_the_assembled_chain_walks_as_training_did(plain: Path) -> None:
+    model = load_model(str(plain))
     images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     classifier, positions = Classifier(model), np.arange(5)
     handed = walk_to(model.modules, {"image": images}, {"eps": classifier.start(positions, 0)})
@@ -142,7 +146,7 @@ def test_logits_of_a_relayed_block_complete_the_belief(config: RunConfig) -> Non
         belief = torch.zeros(2, 10)
         belief[torch.arange(2), batch["label"]] = sure
         loss = block.training_loss({**batch, **believed, BELIEF: belief.log_softmax(-1)}, draw)
-        assert low <= float(loss) <= high
+        assert low <= loss.item() <= high
 
 
 def test_planned_bytes_hold_the_blocks_before(config: RunConfig, small_config: SmallConfig, tmp_path: Path) -> None:
@@ -223,11 +227,10 @@ def test_a_full_disk_costs_newer_weights_and_no_wait(
     ]  # fmt: skip
 
 
-def test_what_is_published_stays(config: RunConfig, tmp_path: Path) -> None:
+def test_what_is_published_stays(config: RunConfig, plain: Path) -> None:
     """A block that goes back and does other steps must not change what another one trains on."""
-    _digest(config, tmp_path / "run")
-    run = RunDirectory.open(tmp_path / "run")
-    path = tmp_path / "run/blocks/00/relay/step-00000020.safetensors"
+    run = RunDirectory.open(plain)
+    path = plain / "blocks/00/relay/step-00000020.safetensors"
     before = path.read_bytes()
     relay = Relay(run, 0, 99, torch.device("cpu"))
     relay.publish(20, initial_module(run.config, run.plan, 0, family_of(config).codebook(config)), None)
