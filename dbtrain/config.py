@@ -332,6 +332,7 @@ class RunConfig(Section):
 
     def _check_relay(self) -> None:
         every = self.blocks.relay_every
+        assert every is not None
         if not self.model.relays:
             raise ValueError(f"blocks.relay_every {every} is not for family {self.model.family!r}: leave it out")
         if self.blocks.count == 1:
@@ -342,6 +343,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"blocks.relay_every {every} has one worker a block: set resources.replicas "
                 f"{self.resources.replicas} to 1, or leave it out"
+            )
+        if 2 * every >= self.training.steps:
+            raise ValueError(
+                f"blocks.relay_every {every} has to be below half of training.steps {self.training.steps}: a block "
+                "takes what others have left one interval before"
+            )
+        if self.chain.steps not in (None, self.blocks.count) or self.chain.bridge != "softmax":
+            raise ValueError(
+                f"blocks.relay_every {every} trains on a chain of one step a block with the softmax bridge: leave out "
+                f"chain.steps {self.chain.steps} and chain.bridge {self.chain.bridge!r}"
             )
         if self.blocks.stem == "averaged":
             raise ValueError(f"blocks.relay_every {every} does not go with blocks.stem 'averaged': use 'private'")

@@ -86,7 +86,12 @@ def load_model(path: str, device: str | torch.device = "cpu", folder: str | None
     try:
         modules = _build(config, plan, codebook, tensors, where)
     except RuntimeError as error:  # names or shapes differ
-        raise CorruptData("config.json describes another network", field="path", value=path) from error
+        raise CorruptData(
+            "holds other weights than this version of the network that config.json describes has",
+            field="path",
+            value=path,
+            mend="load it with the version of dbtrain that assembled it, or train anew",
+        ) from error
     return AssembledModel(
         config=config,
         plan=plan,

@@ -116,10 +116,10 @@ def run_chain(
 def read_out(traces: Sequence[ChainTrace], name: str) -> Tensor:
     """Probabilities of the labels, (N, classes), by one of `READOUTS`.
 
-    `first` and `last` are what the first and the last step said; `product` multiplies the steps' posteriors, each to the
-    power 1 / steps, and normalises (the logarithmic opinion pool, Genest and Zidek 1986): steps see the same evidence,
-    and the plain product would count it as often as there are steps. These take the first trace alone; with `_mean`, the mean of the probabilities over all
-    traces (one a starting noise).
+    `first` and `last` are what the first and the last step said. `product` multiplies the steps' posteriors, each to
+    the power 1 / steps, and normalises (the logarithmic opinion pool, Genest and Zidek 1986): steps see the same
+    evidence, and the plain product would count it as often as there are steps. These take the first trace alone; with
+    `_mean`, the mean of the probabilities over all traces (one a starting noise).
 
     Raises:
         ValueError: an unknown name, or no trace.

@@ -9,7 +9,7 @@ machines whose exponentials differ in the last bits agree on them.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,13 @@ class LabelInformation:
 
 def equal_information_edges(codebook: Tensor, count: int, low: float, high: float) -> list[float]:
     """The count - 1 noise levels, falling, that cut what is told between `high` and `low` into equal shares."""
+    return list(_edges(codebook.float().numpy().tobytes(), codebook.shape[1], count, low, high))
+
+
+@lru_cache(maxsize=8)
+def _edges(codebook_bytes: bytes, width: int, count: int, low: float, high: float) -> tuple[float, ...]:
+    """A run asks for them once a block, and they take part of a second."""
+    codebook = torch.frombuffer(bytearray(codebook_bytes), dtype=torch.float32).view(-1, width)
     at = cache(LabelInformation(codebook).at)
     edges = []
     for index in range(1, count):
@@ -62,7 +69,7 @@ def equal_information_edges(codebook: Tensor, count: int, low: float, high: floa
             middle = math.sqrt(floor * ceiling)
             floor, ceiling = (middle, ceiling) if at(middle) > wanted else (floor, middle)
         edges.append(float(f"{floor:.4g}"))
-    return edges
+    return tuple(edges)
 
 
 def _in_few_coordinates(rows: _Array) -> _Array:

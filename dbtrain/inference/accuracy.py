@@ -17,6 +17,8 @@ from dbtrain.inference.calibration import Calibration
 from dbtrain.inference.classify import Classifier
 from dbtrain.inference.evaluation import ACCURACY, Evaluation, Point, Progress
 from dbtrain.models import family_of
+from dbtrain.models.family import relays
+from dbtrain.plan import NoiseRange
 
 WITHOUT = ("last", "product")
 """Read-outs of the chain without one of its blocks."""
@@ -81,9 +83,7 @@ def evaluate_classifier(
         chain=tuple(
             _point(block, sigma, tally.means(f"step {index}", seen)) for index, (block, sigma) in enumerate(steps)
         ),
-        alone=tuple(
-            _point(index, own.high, tally.means(f"alone {index}", seen)) for index, own in enumerate(model.ranges)
-        ),
+        alone=tuple(_point(index, own.high, tally.means(f"alone {index}", seen)) for index, own in _loners(classifier)),
         without=tuple(
             {"block": index, **{name: tally.means(f"without {index} {name}", seen)[0] for name in WITHOUT}}
             for index in _spared(classifier)
@@ -122,9 +122,15 @@ def _evaluate_alone(
     tally: _Tally,
 ) -> None:
     noise, features = classifier.start(positions, 0), classifier.features(images)
-    for index, own in enumerate(classifier.model.ranges):
+    for index, own in _loners(classifier):
         said = classifier.log_probs(features[index], index, own.high * noise, own.high)
         tally.add(f"alone {index}", said.exp(), labels)
+
+
+def _loners(classifier: Classifier) -> list[tuple[int, NoiseRange]]:
+    """Blocks that have an answer of their own: what a relayed block adds to the belief of others is none."""
+    model = classifier.model
+    return [] if relays(model.config, model.plan.kind) else list(enumerate(model.ranges))
 
 
 def _spared(classifier: Classifier) -> range:

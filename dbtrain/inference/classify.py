@@ -111,7 +111,7 @@ class Classifier:
     ) -> ChainTrace:
         """Walk the chain once, from starting noise number `noise`; only its first `stop_after` steps when given, and
         without the blocks in `skip`."""
-        features = self.features(images, stop_after, skip)
+        features = self.features(images, None if skip else stop_after, skip)
         return self.walk(features, positions, noise, stop_after=stop_after, skip=skip)
 
     @torch.inference_mode()

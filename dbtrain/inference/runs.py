@@ -13,10 +13,13 @@ from dbtrain.assembly.loading import AssembledModel, load_model
 from dbtrain.data.manifest import Split
 from dbtrain.hub import on_hub
 from dbtrain.inference.evaluate import evaluate
-from dbtrain.inference.evaluation import ACCURACY, Evaluation, Progress
+from dbtrain.inference.evaluation import Evaluation, Progress
 from dbtrain.run_directory import EVALUATION, PLAN, RunDirectory
 from dbtrain.storage import Storage
 from dbtrain.training.checkpoint import checkpoint_steps
+
+VERSION = 2
+"""Of what evaluations say: 2 since `product` is a pool, and classifiers have calibration and `without`."""
 
 
 def model_of(run: RunDirectory, device: str | torch.device = "cpu") -> AssembledModel:
@@ -66,7 +69,7 @@ def evaluation_of(
 ) -> Evaluation:
     """The evaluation of the run's model on `split`, from `evaluation.json` if it is of that model and split.
 
-    One of a classifier that was made before calibration was measured is made again.
+    One that was made when evaluations said less, or something else by the same name, is made again.
 
     `data` is the folder of the shards where they are not where the run's configuration says; `judge` is an end-to-end
     run that scores what a model of text writes.
@@ -78,10 +81,10 @@ def evaluation_of(
     model = model_of(run, device)
     judging = None if judge is None else model_of(judge, device)
     chain = model.config.chain.model_dump(mode="json")
-    key = {"sha256": model.sha256, "split": split, "chain": chain}
+    key = {"sha256": model.sha256, "split": split, "chain": chain, "version": VERSION}
     if judging is not None:
         key["judge"] = judging.sha256
-    if not renew and (known := _kept(run, key)) is not None and (known.calibration or known.metric != ACCURACY):
+    if not renew and (known := _kept(run, key)) is not None:
         return known
     result = evaluate(model, split, data=data, judge=judging, progress=progress)
     kept = {"of": key, "evaluation": result.as_json()}
@@ -91,7 +94,8 @@ def evaluation_of(
 
 def evaluation_known(run: RunDirectory, model_sha256: str) -> Evaluation | None:
     """The evaluation that is remembered of that model, read as the run's chain settings say; none is made."""
-    return _kept(run, {"sha256": model_sha256, "chain": run.config.chain.model_dump(mode="json")})
+    chain = run.config.chain.model_dump(mode="json")
+    return _kept(run, {"sha256": model_sha256, "chain": chain, "version": VERSION})
 
 
 def evaluation_at(path: str, model: AssembledModel) -> Evaluation | None:

@@ -144,9 +144,12 @@ class ViTBlock(TrainableModule):
     def features(self, batch: Batch) -> Tensor:
         """What the layers make of the image, (N, T, width); a relayed block adds what the one before has made of it,
         if there is one."""
-        tokens = self.stem(batch["image"])
-        if self.relay_norm is not None and FEATURES in batch:
-            tokens = tokens + self.relay_norm(batch[FEATURES])
+        return self._features(batch["image"], batch.get(FEATURES))
+
+    def _features(self, image_nchw: Tensor, before_ntd: Tensor | None) -> Tensor:
+        tokens = self.stem(image_nchw)
+        if self.relay_norm is not None and before_ntd is not None:
+            tokens = tokens + self.relay_norm(before_ntd)
         features: Tensor = apply_layers(self.layers, self.dropout(tokens), recompute=self.recompute)
         return features
 
@@ -156,10 +159,10 @@ class ViTBlock(TrainableModule):
         logits: Tensor = self.head(self.reader(features_ntd, scaled, c_noise(sigma_n)))
         return logits
 
-    def forward(self, image_nchw: Tensor, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
-        """Logits (N, classes) of the label, given the image and its label's code at noise level sigma (N,), where no
-        block came before."""
-        return self.denoise(self.features({"image": image_nchw}), z_nd, sigma_n)
+    def forward(self, image_nchw: Tensor, z_nd: Tensor, sigma_n: Tensor, before_ntd: Tensor | None = None) -> Tensor:
+        """Logits (N, classes) of the label, given the image and its label's code at noise level sigma (N,); `before`
+        are the features of the block before, where there is one to go on from."""
+        return self.denoise(self._features(image_nchw, before_ntd), z_nd, sigma_n)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
         """sigma (N,) from the training range and eps (N, width) from N(0, I)."""
@@ -194,7 +197,7 @@ class ViTBlock(TrainableModule):
         else:
             sigma = draw["sigma"]
             z = self.codebook[batch["label"]] + sigma[:, None] * draw["eps"]
-        logits = self._complete(self.denoise(self.features(batch), z, sigma), batch)
+        logits = self._complete(self(batch["image"], z, sigma, batch.get(FEATURES)), batch)
         loss = F.cross_entropy(logits, batch["label"], reduction="none")
         return (weights(self.noise.weight, sigma, self.noise.sigma_data) * loss).mean()
 

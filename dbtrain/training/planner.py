@@ -180,7 +180,7 @@ def _measure(
     resources = config.resources
     micro_batch = config.training.batch_size // config.training.accumulate // resources.replicas
     parameters = list(module.parameters())
-    frozen = [*module.buffers(), *(p for other in others for p in other.parameters())]
+    frozen = [*module.buffers(), *(t for other in others for t in (*other.parameters(), *other.buffers()))]
     buffers = sum(tensor.numel() * tensor.element_size() for tensor in frozen)
     # DDP keeps all on every replica, and its buckets are the gradients themselves.
     ways = resources.replicas if resources.shard else 1

@@ -3,7 +3,6 @@
 It trains on what it will meet in the chain: the features of the block before, its belief, and the code that the walk
 has come to. Its logits are added to that belief, so that it learns to complete it.
 
-
 Every `blocks.relay_every` steps a block publishes its weights (averaged ones, where the run keeps them), and looks for
 those of the blocks before it. It walks the chain up to itself, forward only: nobody waits for anybody, and the death
 of a worker costs the others nothing but newer weights.
@@ -29,12 +28,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dbtrain.errors import CorruptData, NoRoom
+from dbtrain.errors import CorruptData, UserError
 from dbtrain.models import Batch, Draw, TrainableModule, family_of
 from dbtrain.models.family import walk_to
 from dbtrain.run_directory import BlockDirectory, RunDirectory
 from dbtrain.training.ema import EMA
 from dbtrain.training.initial import beginning, initial_module
+from dbtrain.training.rollback import check_weights
 
 _FOLDER = "relay"
 _Seen = dict[int, int]  # by block before: the step whose weights are used, 0 for those it starts with
@@ -57,15 +57,12 @@ class Relay:
         for source in range(index):
             module = initial_module(run.config, run.plan, source, codebook)
             self._modules.append(module.eval().requires_grad_(False).to(device))
-        self._first_seen: _Seen = dict.fromkeys(range(index), 0)
-        self._loaded = dict(self._first_seen)
+        self._loaded: _Seen = dict.fromkeys(range(index), 0)
+        self._looked: tuple[int, bool] | None = None  # the interval, and whether other weights are due within it
         self._schedule = _read_schedule(self._directory)
 
-    def enter(self, batch: Batch, draw: Draw, step: int) -> Batch:
-        """The batch of the step after `step` finished ones, with what the block before hands on."""
-        if not self._modules:
-            return batch
-        self._look(step)
+    def walk(self, batch: Batch, draw: Draw) -> Batch:
+        """The batch with what the block before hands on."""
         return walk_to(self._modules, batch, draw)
 
     def publishes(self, step: int) -> bool:
@@ -75,41 +72,61 @@ class Relay:
     def publish(self, step: int, module: TrainableModule, ema: EMA | None) -> None:
         """Leave the block's weights of `step` for those after it: what the assembly would take by default.
 
-        What is there stays, because somebody may be training on it. A full disk costs the others newer weights.
+        What is there stays, because somebody may be training on it. Where nothing can be written, the others go on with
+        older weights.
 
         Raises:
+            NonFiniteError: weights are not finite; nothing was written.
             StaleAttempt: the block belongs to a newer attempt.
         """
         if _read(self._directory, step) is not None:
             return
         weights = dict(module.named_parameters()) if ema is None else ema.tensors()
+        check_weights(weights, self._index, step)
         data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
         self._directory.check_fence(self._attempt)
         try:
             self._directory.storage.sub(_FOLDER).write_atomic(_file(step), hashlib.sha256(data).digest() + data)
-        except NoRoom as error:
+        except UserError as error:
             _log.warning("block %d leaves no weights of step %d: %s", self._index, step, error)
 
-    def _look(self, step: int) -> None:
-        """Take the weights that the schedule names for the step after `step`; where it names none yet, the newest."""
+    def look(self, step: int) -> None:
+        """Before the step after `step` finished ones: take the weights that the schedule names for it, or, where it
+        names none for this interval yet, the newest, and write that down. What cannot be written is not done: then the
+        block goes on as before to the next interval.
+
+        Raises:
+            StaleAttempt: the block belongs to a newer attempt.
+        """
         due = step - step % self._every
-        known = [at for at in sorted(self._schedule) if at < due + self._every]
-        if known and known[-1] >= due:
-            at = max((at for at in known if at <= step), default=None)
-            seen = self._first_seen if at is None else self._schedule[at]
-            if all(self._take(source, taken) for source, taken in seen.items()):
-                return
+        if not self._modules or self._looked == (due, False):
+            return
+        planned = [at for at in self._schedule if due <= at < due + self._every]
+        at = max((at for at in self._schedule if at <= step), default=None)
+        held = self._take_all({} if at is None else self._schedule[at])
+        if planned and held:
+            self._looked = (due, step < max(planned))
+            return
+        if not held:
             _log.warning("block %d: weights that it used from step %s on are gone; it takes others", self._index, at)
         self._directory.check_fence(self._attempt)
         seen = {source: self._newest_step(source, due - self._every) for source in range(self._index)}
-        line = {"step": step, "seen": {str(source): taken for source, taken in seen.items()}}
+        if due >= 2 * self._every and 0 in seen.values():
+            _log.warning("block %d still takes first weights at step %d: those before it are behind", self._index, step)
         try:
-            self._directory.log_relay(line)
-        except NoRoom:
-            return  # it goes on with what it has, and looks again after the next step
+            self._directory.log_relay({"step": step, "seen": {str(source): taken for source, taken in seen.items()}})
+        except UserError as error:
+            _log.warning("block %d goes on with the weights it has: %s", self._index, error)
+            self._looked = (due, False)
+            return
         self._schedule[step] = seen
-        for source, taken in seen.items():
-            self._take(source, taken)
+        self._take_all(seen)
+        self._looked = (due, False)
+
+    def _take_all(self, seen: _Seen) -> bool:
+        """Load what is named, first weights where nothing is; False if something named is not there."""
+        taken = [self._take(source, seen.get(source, 0)) for source in range(self._index)]
+        return all(taken)
 
     def _newest_step(self, source: int, until: int) -> int:
         """Step of the newest intact weights that a block published up to its step `until`; 0 for its first ones."""

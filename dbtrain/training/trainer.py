@@ -168,6 +168,8 @@ class BlockTrainer:
             if self._team.stop_agreed(self._stop):
                 self._stop = True  # whoever was asked
                 break
+            if self._relay is not None:
+                self._relay.look(self.step)
             self._in_step = True
             grad_norm = self._train_step()
             self._in_step = False
@@ -250,8 +252,6 @@ class BlockTrainer:
             self.plan.batch_size,
             generator(step_key(config.seed, "noise", block=self.index, step=cursor), self.device),
         )
-        if self._relay is not None:
-            batch = self._relay.enter(batch, draw, self.step)
         rate = learning_rate(self.step, self.plan.steps, config.optimiser.lr, self._schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -282,10 +282,13 @@ class BlockTrainer:
                 rows = slice(part * size, (part + 1) * size)
                 with self._team.part(last=part == parts - 1):
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                        loss = self._team.loss(_rows(batch, rows), _rows(draw, rows)) / parts
+                        loss = self._team.loss(*self._relayed(_rows(batch, rows), _rows(draw, rows))) / parts
                     loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         return total
+
+    def _relayed(self, batch: Batch, draw: Draw) -> tuple[Batch, Draw]:
+        return (batch if self._relay is None else self._relay.walk(batch, draw)), draw
 
     def _save(self) -> None:
         """Snapshot to the CPU now, write in the background."""
@@ -322,6 +325,13 @@ class BlockTrainer:
                 field="run",
                 value=self._directory.checkpoints.uri,
                 mend="put back the block's own checkpoints, or remove that folder to train the block from its start",
+            )
+        if snapshot.model.keys() != dict(self.module.named_parameters()).keys():
+            raise UserError(
+                f"its checkpoints hold other parameters than a {self.config.model.family} block has in this version",
+                field="run",
+                value=self._directory.checkpoints.uri,
+                mend="go on with the version of dbtrain it was started with, or train anew in another directory",
             )
         self._go_on_from(snapshot)
         self._guard.reset(snapshot.state["skipped"])

@@ -27,6 +27,7 @@ from dbtrain.storage import LocalStorage
 from dbtrain.training.initial import initial_module
 from dbtrain.training.planner import build_module, make_plan
 from dbtrain.training.relay import Relay
+from dbtrain.training.rollback import NonFiniteError
 
 SmallConfig = Callable[..., RunConfig]
 
@@ -153,7 +154,7 @@ def test_planned_bytes_hold_the_blocks_before(config: RunConfig, small_config: S
     plan, alone = make_plan(config), make_plan(small_config())
     first, second, third = plan.blocks
     assert first.bytes == alone.blocks[0].bytes
-    held = first.bytes.parameters + second.bytes.parameters
+    held = first.bytes.parameters + second.bytes.parameters + 2 * first.bytes.buffers
     assert third.bytes.buffers == alone.blocks[2].bytes.buffers + held
     assert [block.evaluations for block in plan.blocks] == [first.layers[1], second.layers[1], third.layers[1]]
     assert third.flops_per_sample > second.flops_per_sample > alone.blocks[1].flops_per_sample
@@ -166,6 +167,9 @@ def test_planned_bytes_hold_the_blocks_before(config: RunConfig, small_config: S
         ("dit", {"blocks": {"relay_every": 5}}, "is not for family 'dit'"),
         ("vit", {"blocks": {"relay_every": 5, "count": 1}}, "needs more than the one block"),
         ("vit", {"blocks": {"relay_every": 5, "stem": "averaged"}}, "does not go with blocks.stem 'averaged'"),
+        ("vit", {"blocks": {"relay_every": 5}, "training": {"steps": 10}}, "below half of training.steps 10"),
+        ("vit", {"blocks": {"relay_every": 5}, "chain": {"steps": 6}}, "chain of one step a block"),
+        ("vit", {"blocks": {"relay_every": 5}, "chain": {"bridge": "argmax"}}, "chain of one step a block"),
         ("vit", {"blocks": {"relay_every": 5}, "resources": {"replicas": 2}}, "has one worker a block"),
     ],
 )
@@ -225,6 +229,37 @@ def test_a_full_disk_costs_newer_weights_and_no_wait(
     assert [(step, seen["0"]) for step, seen in _seen(tmp_path / "run", 1).items()] == [
         (0, 0), (10, 0), (20, 0), (40, 30), (50, 40),
     ]  # fmt: skip
+
+
+def test_who_starts_again_on_a_full_disk_goes_on_with_the_weights_in_force(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, token = tmp_path / "run", StopToken()
+
+    class Stop:
+        def update(self, snapshot: Snapshot) -> None:
+            if snapshot.blocks[1].step >= 35:
+                token.request()
+
+    train_run(config, run, backend="inline", watch=Stop(), stop=token)
+
+    def no_room(*_: object) -> None:
+        raise NoRoom("no room")
+
+    monkeypatch.setattr(LocalStorage, "append_line", no_room)
+    relay = Relay(RunDirectory.open(run), 1, 99, torch.device("cpu"))
+    relay.look(55)
+    assert relay._loaded == {0: max(seen["0"] for seen in _seen(run, 1).values())}
+
+
+def test_weights_that_are_not_finite_are_not_published(config: RunConfig, plain: Path) -> None:
+    run = RunDirectory.open(plain)
+    module = initial_module(run.config, run.plan, 0, family_of(config).codebook(config))
+    with torch.no_grad():
+        next(module.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        Relay(run, 0, 99, torch.device("cpu")).publish(70, module, None)
+    assert not (plain / "blocks/00/relay/step-00000070.safetensors").exists()
 
 
 def test_what_is_published_stays(config: RunConfig, plain: Path) -> None:

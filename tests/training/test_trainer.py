@@ -121,7 +121,10 @@ def test_compiled_blocks_have_ordinary_checkpoints(small_config: SmallConfig, tm
     for compiled in (False, True):
         config = small_config(model={"dropout": 0.0}, training={"steps": 5, "compile": compiled})
         run = start_run(config, tmp_path / str(compiled))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         train_block(run)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
         weights.append(read_weights(run.block(0), "raw")[1])
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
