@@ -244,7 +244,7 @@ class CausalLMConfig(LlamaConfig):
 class RecurrentLMConfig(LlamaConfig):
     """Recurrent-depth language model (Geiping et al. 2025): a prelude, a core that is iterated, and a coda."""
 
-    # Steps of one block are no independent witnesses: their product would count the same evidence several times.
+    # Steps of one block are no committee.
     defaults: ClassVar[dict[str, dict[str, Any]]] = {"blocks": {"count": 1}, "chain": {"steps": 8, "readout": "last"}}
 
     family: Literal["recurrent_lm"] = "recurrent_lm"

@@ -1,4 +1,4 @@
-"""A block as it is before its first step."""
+"""A block as it is before its first step, and whether a checkpoint is one of such a block."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.config import RunConfig
+from dbtrain.errors import UserError
 from dbtrain.models import TrainableModule, family_of
 from dbtrain.plan import Plan
 from dbtrain.randomness import derive_key
@@ -32,3 +33,18 @@ def beginning(config: RunConfig, plan: Plan, index: int) -> Snapshot:
     module = initial_module(config, plan, index, codebook)
     weights = {name: value.detach() for name, value in module.named_parameters()}
     return Snapshot(step=0, model=weights, ema=weights, optimizer={}, state={})
+
+
+def check_parameters(snapshot: Snapshot, module: TrainableModule, where: str) -> None:
+    """Whether a checkpoint from `where` holds the parameters that `module` has.
+
+    Raises:
+        UserError: it does not: a family's network has changed since.
+    """
+    if snapshot.model.keys() != dict(module.named_parameters()).keys():
+        raise UserError(
+            "its checkpoints hold other parameters than such a block has in this version",
+            field="run",
+            value=where,
+            mend="go on with the version of dbtrain it was started with, or train anew in another directory",
+        )

@@ -88,3 +88,8 @@ def has_lost_others(error: Exception, seat: Seat) -> bool:
     from dbtrain.training.replicas import is_of_communication
 
     return is_of_communication(error)
+
+
+def rows_of(tensors: Batch, rows: slice) -> Batch:
+    """Some of the samples of a batch or draw."""
+    return {name: value[rows] for name, value in tensors.items()}

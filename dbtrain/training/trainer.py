@@ -29,7 +29,7 @@ from dbtrain.training.averaging import StemAverager
 from dbtrain.training.checkpoint import Snapshot
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
-from dbtrain.training.initial import beginning, initial_module
+from dbtrain.training.initial import beginning, check_parameters, initial_module
 from dbtrain.training.memory import peak_memory
 from dbtrain.training.metrics import MetricsLog
 from dbtrain.training.optimisation import (
@@ -45,7 +45,7 @@ from dbtrain.training.rollback import NonFiniteError, Rollbacks, StepGuard, chec
 from dbtrain.training.room import Room
 from dbtrain.training.seat import Seat
 from dbtrain.training.stem import averages_stems
-from dbtrain.training.team import make_team
+from dbtrain.training.team import make_team, rows_of
 
 _LOOK = 0.25  # seconds between two reports of a trainer that waits for room
 
@@ -282,13 +282,12 @@ class BlockTrainer:
                 rows = slice(part * size, (part + 1) * size)
                 with self._team.part(last=part == parts - 1):
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                        loss = self._team.loss(*self._relayed(_rows(batch, rows), _rows(draw, rows))) / parts
+                        met, drawn = rows_of(batch, rows), rows_of(draw, rows)
+                        met = met if self._relay is None else self._relay.walk(met, drawn)
+                        loss = self._team.loss(met, drawn) / parts
                     loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         return total
-
-    def _relayed(self, batch: Batch, draw: Draw) -> tuple[Batch, Draw]:
-        return (batch if self._relay is None else self._relay.walk(batch, draw)), draw
 
     def _save(self) -> None:
         """Snapshot to the CPU now, write in the background."""
@@ -326,13 +325,7 @@ class BlockTrainer:
                 value=self._directory.checkpoints.uri,
                 mend="put back the block's own checkpoints, or remove that folder to train the block from its start",
             )
-        if snapshot.model.keys() != dict(self.module.named_parameters()).keys():
-            raise UserError(
-                f"its checkpoints hold other parameters than a {self.config.model.family} block has in this version",
-                field="run",
-                value=self._directory.checkpoints.uri,
-                mend="go on with the version of dbtrain it was started with, or train anew in another directory",
-            )
+        check_parameters(snapshot, self.module, self._directory.checkpoints.uri)
         self._go_on_from(snapshot)
         self._guard.reset(snapshot.state["skipped"])
         self._rollbacks.restore(snapshot.state.get("rollbacks", []))
@@ -399,10 +392,6 @@ class BlockTrainer:
             trouble=self.trouble,
             rollbacks=len(self._rollbacks),
         )
-
-
-def _rows(tensors: Batch, rows: slice) -> dict[str, Tensor]:
-    return {name: value[rows] for name, value in tensors.items()}
 
 
 def _is_regular(every: int, total: int, step: int) -> bool:
