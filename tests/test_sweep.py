@@ -190,6 +190,7 @@ def test_the_table_has_a_dash_where_there_is_nothing_and_the_reason_of_a_failure
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_an_undisturbed_one(
     write_sweep: WriteSweep, tmp_path: Path

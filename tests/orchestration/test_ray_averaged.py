@@ -58,6 +58,7 @@ def test_undisturbed_runs_have_one_digest(tmp_path: Path, make_config: MakeConfi
     assert digest_of(paths[0]) == digest_of(paths[1])
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_skipped_and_comes_again(tmp_path: Path, make_config: MakeConfig) -> None:
     config = make_config(
         training={"steps": 4000, "batch_size": 16},
