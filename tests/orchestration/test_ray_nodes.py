@@ -42,6 +42,7 @@ def start(cluster: LocalCluster, config: RunConfig, run: Path) -> subprocess.Pop
     )
 
 
+@pytest.mark.long
 def test_nodes_join_and_leave_in_mid_run(
     cluster: LocalCluster, tmp_path: Path, make_config: MakeConfig, digest_of: DigestOf
 ) -> None:

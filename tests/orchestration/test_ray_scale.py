@@ -48,6 +48,7 @@ def workers_of(run: Path, block: int, attempt: int) -> list[int]:
     return sorted(int(line.split()[-1]) for log in logs for line in log.splitlines() if line.startswith(told))
 
 
+@pytest.mark.long
 def test_a_block_of_a_live_run_is_scaled_up_and_down_and_loses_a_worker(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:
