@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ def evaluate_classifier(
     facts = model.plan.data
     assert facts is not None
     transform = make_transform(model.config, facts, family_of(model.config).scaling(model.config, facts), None)
+    relayed = relays(model.config, model.plan.kind)
     names = ("accuracy",) if model.end_to_end else READOUTS
     calibration = {name: Calibration() for name in names}
     tally, seen = _Tally(), 0
@@ -63,9 +65,15 @@ def evaluate_classifier(
             if model.end_to_end:
                 answers = {"accuracy": classifier.logits(images).softmax(dim=-1)}
             else:
-                answers, steps = _evaluate_chain(classifier, images, labels, positions, tally)
-                _evaluate_alone(classifier, images, labels, positions, tally)
-                _evaluate_without(classifier, images, labels, positions, tally)
+                features = classifier.features(images)
+                answers, steps = _evaluate_chain(classifier, features, labels, positions, tally)
+                _evaluate_alone(classifier, features, labels, positions, tally)
+                for index in _spared(classifier):
+                    # A relayed block makes something else of the image when one before it is missing.
+                    left = classifier.features(images, skip={index}) if relayed else features
+                    trace = classifier.walk(left, positions, 0, skip={index})
+                    for name in WITHOUT:
+                        tally.add(f"without {index} {name}", read_out([trace], name), labels)
             for name, probabilities in answers.items():
                 tally.add(name, probabilities, labels)
                 calibration[name].add(probabilities, labels)
@@ -97,14 +105,13 @@ def _point(block: int, sigma: float, means: tuple[float, float]) -> Point:
 
 def _evaluate_chain(
     classifier: Classifier,
-    images: Tensor,
+    features: Mapping[int, Tensor],
     labels: Tensor,
     positions: np.ndarray[Any, np.dtype[np.int64]],
     tally: _Tally,
 ) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
     """Count every step for one batch; returns the read-outs' probabilities and the chain's (block, sigma) steps."""
     noises = classifier.config.chain.start_noises
-    features = classifier.features(images)
     traces = [classifier.walk(features, positions, noise) for noise in range(noises)]
     for trace in traces:
         for index, log_probs in enumerate(trace.log_probs):
@@ -116,12 +123,12 @@ def _evaluate_chain(
 
 def _evaluate_alone(
     classifier: Classifier,
-    images: Tensor,
+    features: Mapping[int, Tensor],
     labels: Tensor,
     positions: np.ndarray[Any, np.dtype[np.int64]],
     tally: _Tally,
 ) -> None:
-    noise, features = classifier.start(positions, 0), classifier.features(images)
+    noise = classifier.start(positions, 0)
     for index, own in _loners(classifier):
         said = classifier.log_probs(features[index], index, own.high * noise, own.high)
         tally.add(f"alone {index}", said.exp(), labels)
@@ -137,16 +144,3 @@ def _spared(classifier: Classifier) -> range:
     """The blocks without which something is left of the chain."""
     count = len(classifier.model.ranges)
     return range(count if count > 1 else 0)
-
-
-def _evaluate_without(
-    classifier: Classifier,
-    images: Tensor,
-    labels: Tensor,
-    positions: np.ndarray[Any, np.dtype[np.int64]],
-    tally: _Tally,
-) -> None:
-    for index in _spared(classifier):
-        trace = classifier.trace(images, positions, 0, skip={index})
-        for name in WITHOUT:
-            tally.add(f"without {index} {name}", read_out([trace], name), labels)

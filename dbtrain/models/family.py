@@ -54,13 +54,13 @@ class TrainableModule(nn.Module, ABC):
 
         Where blocks relay, all but the first find `FEATURES` of the block before in the batch, and go on from them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"blocks of task 'classify' need `features`: {type(self).__name__} has none")
 
     def hand_on(self, batch: Batch, draw: Draw) -> Batch:
         """What the block says to the next one where blocks relay: `FEATURES`, `BELIEF`, `CODE`. No label is looked at;
         the chain starts from the noise of the draw.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"blocks of a family that relays need `hand_on`: {type(self).__name__} has none")
 
     @abstractmethod
     def training_loss(self, batch: Batch, draw: Draw) -> Tensor:
