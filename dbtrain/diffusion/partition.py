@@ -37,6 +37,13 @@ def partition(noise: NoiseConfig, blocks: BlocksConfig, codebook: Tensor | None 
         raise _too_narrow(noise)
     edges = _edges(distribution, blocks, codebook)
     for high, low in pairwise(edges):
+        if low >= high and blocks.partition.kind == "equal_information":
+            raise UserError(
+                f"codes tell the same of their labels from sigma {noise.sigma_min:g} to {noise.sigma_max:g}: nothing to cut",
+                field="blocks.partition.kind",
+                value="equal_information",
+                mend="widen noise.sigma_min and noise.sigma_max around codebook.scale, or use equal_probability",
+            )
         if low >= high or distribution.mass(low, high) <= 0.0:
             raise _too_narrow(noise)
     return [NoiseRange(low=low, high=high) for high, low in pairwise(edges)]

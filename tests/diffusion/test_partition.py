@@ -108,6 +108,12 @@ def test_equal_information_follows_from_the_codebook() -> None:
         partition(NOISE, blocks)
 
 
+def test_where_codes_tell_everything_there_is_nothing_to_cut() -> None:
+    blocks = BlocksConfig(count=3, partition=PartitionConfig(kind="equal_information"))
+    with pytest.raises(UserError, match=r"blocks\.partition\.kind = .*sigma 0\.002 to 0\.1.*widen noise\.sigma_min"):
+        partition(NoiseConfig(sigma_max=0.1), blocks, make_codebook(10, 16, 1.0, seed=0))
+
+
 def test_an_edge_belongs_to_the_block_below_it() -> None:
     ranges = cut(3)
     assert [owner(ranges, own.high) for own in ranges] == [0, 1, 2]
