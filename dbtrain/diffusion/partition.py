@@ -39,7 +39,7 @@ def partition(noise: NoiseConfig, blocks: BlocksConfig, codebook: Tensor | None 
     for high, low in pairwise(edges):
         if low >= high and blocks.partition.kind == "equal_information":
             raise UserError(
-                f"codes tell the same of their labels from sigma {noise.sigma_min:g} to {noise.sigma_max:g}: nothing to cut",
+                f"codes tell as much of labels from sigma {noise.sigma_min:g} to {noise.sigma_max:g}: nothing to cut",
                 field="blocks.partition.kind",
                 value="equal_information",
                 mend="widen noise.sigma_min and noise.sigma_max around codebook.scale, or use equal_probability",
