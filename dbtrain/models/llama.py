@@ -170,11 +170,22 @@ class LlamaAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Mix the values, (N, T, width); causally where there is no mask."""
+        if self.kv_heads != self.heads and mask is not None and mask.dim() == 4:
+            return self._attend_grouped(q, k, v, mask)
         if self.kv_heads != self.heads:
             k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _attend_grouped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Over a cache: the heads that share keys become further queries of one, so that the cache is not copied."""
+        n, heads, t, width = q.shape
+        groups = heads // self.kv_heads
+        queries = q.reshape(n, self.kv_heads, groups * t, width)
+        mixed = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask.repeat(1, 1, groups, 1))
+        out: Tensor = self.o_proj(mixed.reshape(n, heads, t, width).transpose(1, 2).flatten(2))
         return out
 
     def _split(self, x_ntd: Tensor) -> Tensor:
