@@ -2,7 +2,10 @@
 
     python benchmarks/loader.py [--json] [--threads 1]
 
-The large set is real Arrow shards with holes in place of the pixels, so that it takes hardly any disk.
+The large set is real Arrow shards with holes in place of the pixels, so that it takes hardly any disk. Beside our
+loader, in this process: torch's DataLoader with two worker processes on the same images with the same crops and flips,
+over arrays in memory and, where it is installed, over a Hugging Face dataset. They take turns; the ratios are medians.
+The share of a step is also that of the demo's recipes, whose steps are among the shortest.
 """
 
 from __future__ import annotations
@@ -14,25 +17,34 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from other_loaders import PADDING, Distort, hugging_face_loader, rows_per_second, torch_loader
 
 from dbtrain.config import RunConfig
-from dbtrain.config_file import parse_config
+from dbtrain.config_file import load_config, parse_config
+from dbtrain.data.batches import make_transform
 from dbtrain.data.columns import ImageShape
 from dbtrain.data.loader import BatchLoader
 from dbtrain.data.manifest import Manifest, ShardFile, SplitFiles
 from dbtrain.data.order import SampleOrder
+from dbtrain.data.prepare import prepare
 from dbtrain.data.shard_writer import SplitWriter, write_shard
 from dbtrain.data.shards import ShardSet
 from dbtrain.data.transforms import TrainTransform
 from dbtrain.data_config import AugmentConfig, RandAugmentConfig
+from dbtrain.models import family_of
+from dbtrain.randomness import generator
 
 BATCH = 128
+PROCESSES = 2
+"""Of torch's DataLoader."""
+DEMOS = Path(__file__).parent.parent / "configs" / "demo"
 CIFAR = ImageShape(channels=3, height=32, width=32)
 MEAN, STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
-CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
+CROP_FLIP = AugmentConfig(crop_padding=PADDING, flip=True)
 RANDAUGMENT = CROP_FLIP.model_copy(update={"randaugment": RandAugmentConfig()})
 _HOLE = 1 << 20
 
@@ -156,26 +168,60 @@ def paper_config() -> RunConfig:
     )
 
 
-def step_milliseconds(loader: BatchLoader, repeats: int) -> float:
-    """A training step of one block of the paper's ViT, without the loader."""
-    from dbtrain.models import family_of
-    from dbtrain.randomness import generator
-
-    config = paper_config()
+def step_milliseconds(config: RunConfig, loader: BatchLoader, repeats: int) -> float:
+    """A training step of the first block of `config`, without the loader."""
     family = family_of(config)
-    trained = family.cut(config)[0].trained
-    assert trained is not None
-    block = family.build_block(config, (0, 4), trained, family.codebook(config))
+    piece = family.cut(config)[0]
+    assert piece.trained is not None
+    block = family.build_block(config, piece.layers, piece.trained, family.codebook(config))
     optimiser = torch.optim.AdamW(block.parameters(), fused=True)
     batch = loader.batch(0)
 
     def step(number: int) -> None:
         optimiser.zero_grad()
-        loss = block.training_loss(batch, block.draw(BATCH, generator(number)))
+        loss = block.training_loss(batch, block.draw(config.training.batch_size, generator(number)))
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
     return milliseconds(step, repeats)
+
+
+def demo_shares(root: Path, repeats: int) -> dict[str, float]:
+    """The loader's share of a step in each of the demo's recipes, by family."""
+    shares = {}
+    for path in sorted(DEMOS.glob("*.yaml")):
+        config = load_config(path)
+        folder = root / config.data.source
+        if not folder.exists():  # the texts have windows of one length
+            prepare(config.data.source, folder, length=getattr(config.model, "length", None))
+        shards = ShardSet.open(folder, "train")
+        facts = shards.manifest.facts()
+        transform = make_transform(config, facts, family_of(config).scaling(config, facts), key=0)
+        order = SampleOrder(shards.rows, config.seed, block=0)
+        loader = BatchLoader(shards, order, transform, config.training.batch_size)
+        batch = milliseconds(loader.batch, repeats)
+        shares[config.model.family] = batch / (batch + step_milliseconds(config, loader, repeats))
+    return shares
+
+
+def beside_others(folder: Path, repeats: int, rounds: int) -> dict[str, float | None]:
+    """Rows a second of ours and of the others, which take turns, and the medians of the ratios; None: not installed."""
+    shards, rows = ShardSet.open(folder, "train"), np.arange(10_000)
+    images, labels = shards.gather("image", rows), shards.gather("label", rows)
+    arguments = (images, labels, Distort(MEAN, STD), BATCH, PROCESSES)
+    others = {"torch": torch_loader(*arguments), "hugging_face": hugging_face_loader(*arguments)}
+    ours = loader_of(folder, CROP_FLIP)
+    found: dict[str, float | None] = {}
+    for name, loader in others.items():
+        if loader is None:
+            found[f"{name}_rows_per_second"] = found[f"times_{name}"] = None
+            continue
+        theirs, ratios = [], []
+        for _ in range(rounds):
+            theirs.append(rows_per_second(loader, repeats))
+            ratios.append(BATCH / milliseconds(ours.batch, repeats) * 1e3 / theirs[-1])
+        found[f"{name}_rows_per_second"], found[f"times_{name}"] = float(np.median(theirs)), float(np.median(ratios))
+    return found
 
 
 def main() -> None:
@@ -187,7 +233,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50, help="batches timed (default: 50)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result: dict[str, float] = {"threads": options.threads, "batch_size": BATCH}
+    result: dict[str, Any] = {"threads": options.threads, "batch_size": BATCH}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_large(root / "large", int(options.large_bytes))
@@ -210,8 +256,10 @@ def main() -> None:
             large.batch(number)
         result["large_later_batches_rss_bytes"] = resident_bytes() - before
 
-        result["block_step_ms"] = step_milliseconds(loader, max(3, options.repeats // 10))
+        result |= beside_others(root / "cifar", options.repeats, rounds=3)
+        result["block_step_ms"] = step_milliseconds(paper_config(), loader, max(3, options.repeats // 10))
         result["share_of_step"] = result["batch_ms"] / (result["batch_ms"] + result["block_step_ms"])
+        result["demo_shares"] = demo_shares(root, options.repeats)
     if options.json:
         print(json.dumps(result))
         return
@@ -225,6 +273,15 @@ def main() -> None:
         f"{result['large_first_batch_rss_bytes'] / 1e6:.1f} MB more resident; "
         f"{result['large_later_batches_rss_bytes'] / 1e6:.1f} MB after {options.repeats} more"
     )
+    shares = ", ".join(f"{family} {100 * share:.1f} %" for family, share in result["demo_shares"].items())
+    print(f"its share in the demo     {shares}")
+    for name, title in (("torch", "torch DataLoader"), ("hugging_face", "the same over datasets")):
+        rows = result[f"{name}_rows_per_second"]
+        if rows is None:
+            print(f"{title:<25} not installed")
+            continue
+        times = result[f"times_{name}"]
+        print(f"{title:<25} {rows:8,.0f} rows/s in {PROCESSES} processes; ours makes {times:.1f} times that in one")
 
 
 if __name__ == "__main__":

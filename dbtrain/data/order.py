@@ -16,6 +16,9 @@ from dbtrain.randomness import derive_key, mix64
 
 Int64s = npt.NDArray[np.int64]
 
+_CHUNK = 4096
+"""Positions whose rows are found at a time: the walks of a single batch are too short for numpy."""
+
 # Even, so that the unequal halves of an odd number of bits end on their own sides.
 _ROUNDS = 6
 
@@ -61,6 +64,13 @@ def _permutation(rows: int, seed: int, block: int, epoch: int) -> KeyedPermutati
     return KeyedPermutation(rows, derive_key(seed, "order", block, epoch))
 
 
+@lru_cache(maxsize=64)
+def _rows(rows: int, seed: int, block: int, epoch: int, chunk: int) -> Int64s:
+    """The rows at the offsets of one chunk of an epoch."""
+    offsets = np.arange(chunk * _CHUNK, min((chunk + 1) * _CHUNK, rows), dtype=np.int64)
+    return _permutation(rows, seed, block, epoch)(offsets)
+
+
 class SampleOrder:
     """Which rows a block sees at which step, without state.
 
@@ -89,7 +99,8 @@ class SampleOrder:
         positions = np.arange(first + self.replica, first + batch_size, self.replicas, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.rows)
         rows = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            inside = epochs == epoch
-            rows[inside] = _permutation(self.rows, self.seed, self.block, epoch)(offsets[inside])
+        chunks, places = np.divmod(offsets, _CHUNK)
+        for epoch, chunk in sorted(set(zip(epochs.tolist(), chunks.tolist(), strict=True))):
+            inside = (epochs == epoch) & (chunks == chunk)
+            rows[inside] = _rows(self.rows, self.seed, self.block, epoch, chunk)[places[inside]]
         return positions, rows

@@ -100,10 +100,14 @@ class TrainTransform:
         """The distortions alone: uint8 (N, C, H, W) in and out."""
         augment = self._augment
         chance = keyed_uniform(self._key, positions, self._lanes)
-        if augment.crop_padding:
-            images = pad_crop(images, augment.crop_padding, chance[:, _CROP_Y], chance[:, _CROP_X])
-        if augment.flip:
-            images = flip(images, chance[:, _FLIP] < 0.5)
+        chosen = chance[:, _FLIP] < 0.5 if augment.flip else np.zeros(len(chance), np.bool_)
+        if augment.crop_padding and images.device.type == "cpu":
+            images = pad_crop_flip(images, augment.crop_padding, chance[:, _CROP_Y], chance[:, _CROP_X], chosen)
+        else:
+            if augment.crop_padding:
+                images = pad_crop(images, augment.crop_padding, chance[:, _CROP_Y], chance[:, _CROP_X])
+            if augment.flip:
+                images = flip(images, chosen)
         if augment.randaugment is not None:
             images = rand_augment(images, augment.randaugment, chance[:, _RANDAUGMENT:])
         return images
@@ -123,3 +127,25 @@ def flip(images: Tensor, chosen: npt.NDArray[np.bool_]) -> Tensor:
     """Mirror the chosen images, (N,) bool, left to right."""
     mask = torch.from_numpy(chosen).to(images.device).view(-1, 1, 1, 1)
     return torch.where(mask, images.flip(-1), images)
+
+
+def pad_crop_flip(
+    images: Tensor,
+    padding: int,
+    y: npt.NDArray[np.float64],
+    x: npt.NDArray[np.float64],
+    chosen: npt.NDArray[np.bool_],
+) -> Tensor:
+    """What `pad_crop` and then `flip` do, for images on the CPU: what is left of each is copied, once."""
+    height, width = images.shape[-2:]
+    source = images.numpy()
+    out = np.zeros_like(source)
+    mirrored = out[..., ::-1]
+    down = (y * (2 * padding + 1)).astype(np.int64) - padding
+    right = (x * (2 * padding + 1)).astype(np.int64) - padding
+    for n, (dy, dx, flipped) in enumerate(zip(down.tolist(), right.tolist(), chosen.tolist(), strict=True)):
+        top, bottom = min(height, max(0, dy)), max(0, height + min(0, dy))
+        left, end = min(width, max(0, dx)), max(0, width + min(0, dx))
+        target = mirrored if flipped else out
+        target[n, :, top - dy : bottom - dy, left - dx : end - dx] = source[n, :, top:bottom, left:end]
+    return torch.from_numpy(out)

@@ -17,7 +17,7 @@ from dbtrain.diffusion.precondition import c_in, c_noise, weights
 from dbtrain.model_config import CausalLMConfig, LlamaConfig
 from dbtrain.models.family import Batch, Draw, Family, TrainableModule, register
 from dbtrain.models.layers import NoiseEmbedding, apply_layers, initialise, modulate
-from dbtrain.models.llama import KVCache, LlamaLayer, RMSNorm, Rotary, Streams, noisy_mask
+from dbtrain.models.llama import Appended, KVCache, LlamaLayer, RMSNorm, Rotary, Streams, noisy_mask
 from dbtrain.models.pretrained import Checkpoint, codebook_of_checkpoint, start_from_checkpoint
 from dbtrain.plan import NoiseRange
 
@@ -124,22 +124,48 @@ class CausalLMBlock(TokenModel):
         return cache
 
     def read(self, cache: KVCache, tokens_nt: Tensor, counts_n: Tensor | None = None) -> None:
-        """Append clean tokens to the cache: of row n the first counts_n[n], or all where that is not given."""
-        where = cache.place(tokens_nt, counts_n)
-        x, rotation = self.embed_tokens(tokens_nt), self.rotary(where.positions)
-        for index, layer in enumerate(self._layers()):
-            x = layer.read(x, rotation, cache, index, where)
-        cache.advance(tokens_nt, where)
+        """Append clean tokens to the cache: of row n the first counts_n[n], or all where that is not given.
+
+        They wait there for the next `denoise`, which takes them through the weights together with the noisy tokens.
+        """
+        if cache.unread is not None:
+            waiting, where = cache.unread
+            x, rotation = self._reading(cache, waiting, where), self.rotary(where.positions)
+            for index, layer in enumerate(self._layers(), start=self._first(cache)):
+                x = layer.read(x, rotation, cache, index, where)
+            cache.advance(waiting, where)
+        cache.unread = tokens_nt, cache.place(tokens_nt, counts_n)
 
     def denoise(self, cache: KVCache, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
         """Logits (N, V) of each row's next token, given its noisy code at noise level sigma (N,)."""
-        condition = self._condition(sigma_n[:, None])
+        condition, first = self._condition(sigma_n[:, None]), self._first(cache)
+        clean, unread = None, cache.unread
+        if unread is not None:
+            clean = self._reading(cache, *unread)
+            cache.advance(*unread)
+            cache.unread = None
         x = self._noisy_tokens(self._before(cache), z_nd[:, None], sigma_n[:, None])
         rotation, mask = self.rotary(cache.lengths[:, None]), cache.noisy_mask()
-        first = len(cache.keys) - len(self.layers)
-        for index, layer in enumerate(self._layers(), start=first):
-            x = layer.denoise(x, condition, rotation, cache, index, mask)
-        return self.head(self._norm_noisy(x, condition))[:, 0]
+        if clean is None or unread is None:
+            for index, layer in enumerate(self._layers(), start=first):
+                x = layer.denoise(x, condition, rotation, cache, index, mask)
+        else:
+            where = unread[1]
+            x = torch.cat([clean, x], dim=1)
+            rotation = torch.cat([self.rotary(where.positions), rotation], dim=2)
+            mask = torch.cat([F.pad(where.mask, (0, 1)), mask], dim=2)
+            for index, layer in enumerate(self._layers(), start=first):
+                x = layer.read_and_denoise(x, condition, rotation, cache, index, where, mask)
+        return self.head(self._norm_noisy(x[:, -1:], condition))[:, 0]
+
+    def _first(self, cache: KVCache) -> int:
+        """What number the cache has for the first of the layers with two streams."""
+        return len(cache.keys) - len(self.layers)
+
+    def _reading(self, cache: KVCache, tokens_nt: Tensor, where: Appended) -> Tensor:
+        """Tokens to be read as they enter these layers, (N, T, width)."""
+        embedded: Tensor = self.embed_tokens(tokens_nt)
+        return embedded
 
     def _enter(self, embedded_nld: Tensor, rotation: Tensor) -> Streams:
         """The clean tokens as they enter the layers, and those that noisy tokens start from: what was embedded."""

@@ -11,7 +11,9 @@ cached once for all noise levels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -23,6 +25,8 @@ from dbtrain.models.layers import modulate, rotary_table, rotate
 
 Streams = tuple[Tensor, Tensor]
 """Clean and noisy tokens, (N, L, width) each."""
+_Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Keys and values of some tokens -> all that these attend to."""
 
 
 class Rotary(nn.Module):
@@ -60,7 +64,9 @@ class KVCache:
 
     def __init__(self, model: LlamaConfig, layers: int, batch_size: int, like: Tensor):
         """Room for `model.length` tokens a row (the begin token included), of the type and device of `like`."""
-        shape = (layers, batch_size, model.kv_heads or model.heads, model.length, model.width // model.heads)
+        # One more than that: the place of a noisy token, which stands right behind the clean ones for as long as it is
+        # looked at, so that nothing has to be copied to put them side by side.
+        shape = (layers, batch_size, model.kv_heads or model.heads, model.length + 1, model.width // model.heads)
         # Zeros, because a masked key takes part with weight 0, and 0 times what lay in memory before may be NaN.
         self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
@@ -70,11 +76,13 @@ class KVCache:
         """The newest of them."""
         self.longest = 0
         """The greatest of `lengths`."""
+        self.unread: tuple[Tensor, Appended] | None = None
+        """Tokens (N, T) that are still to go through the layers, for a block that waits with them until it is asked."""
 
     @property
     def capacity(self) -> int:
         """Tokens a row has room for."""
-        return self.keys.shape[3]
+        return self.keys.shape[3] - 1
 
     def place(self, tokens_nt: Tensor, counts_n: Tensor | None) -> Appended:
         """Where the first `counts_n` tokens of each row (all, if None) will stand.
@@ -106,8 +114,15 @@ class KVCache:
         self.values[layer][rows, :, at] = v_nhtk.transpose(1, 2)[rows, columns]
         return self.keys[layer, :, :, : where.longest], self.values[layer, :, :, : where.longest]
 
+    def beside(self, layer: int, k_nh1k: Tensor, v_nh1k: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of one layer with those of a noisy token of each row behind them, (N, H, longest + 1, k)
+        each; they stay until something else is put there."""
+        self.keys[layer, :, :, self.longest] = k_nh1k[:, :, 0]
+        self.values[layer, :, :, self.longest] = v_nh1k[:, :, 0]
+        return self.keys[layer, :, :, : self.longest + 1], self.values[layer, :, :, : self.longest + 1]
+
     def advance(self, tokens_nt: Tensor, where: Appended) -> None:
-        """Count the tokens in, once every layer has written them."""
+        """Count the tokens in."""
         newest = tokens_nt.gather(1, (where.counts - 1).clamp_min(0)[:, None])[:, 0]
         self.last = torch.where(where.counts > 0, newest, self.last)
         self.lengths = self.lengths + where.counts
@@ -155,11 +170,22 @@ class LlamaAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Mix the values, (N, T, width); causally where there is no mask."""
+        if self.kv_heads != self.heads and mask is not None and mask.dim() == 4:
+            return self._attend_grouped(q, k, v, mask)
         if self.kv_heads != self.heads:
             k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _attend_grouped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Over a cache: the heads that share keys become further queries of one, so that the cache is not copied."""
+        n, heads, t, width = q.shape
+        groups = heads // self.kv_heads
+        queries = q.reshape(n, self.kv_heads, groups * t, width)
+        mixed = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask.repeat(1, 1, groups, 1))
+        out: Tensor = self.o_proj(mixed.reshape(n, heads, t, width).transpose(1, 2).flatten(2))
         return out
 
     def _split(self, x_ntd: Tensor) -> Tensor:
@@ -230,7 +256,7 @@ class LlamaLayer(nn.Module):
         clean, noisy = streams
         normed = self.input_layernorm(clean)
         k, v = self.self_attn.keys_values(normed, rotation[:, :-1])
-        out = self._noisy(noisy, condition_nlc, k, v, rotation[:, 1:], mask)
+        out = self._noisy(noisy, self._modulation(condition_nlc), partial(_behind, k, v), rotation[:, 1:], mask)
         if keep_clean:
             clean = self._rest(clean, normed, k, v, rotation[:, :-1], None)
         return clean, out
@@ -245,8 +271,30 @@ class LlamaLayer(nn.Module):
         self, x_n1d: Tensor, condition_n1c: Tensor, rotation: Tensor, cache: KVCache, index: int, mask: Tensor
     ) -> Tensor:
         """One noisy token a row over the cached clean ones; `mask` (N, 1, 1, longest + 1) ends with its own key."""
-        k, v = (whole[index, :, :, : cache.longest] for whole in (cache.keys, cache.values))
-        return self._noisy(x_n1d, condition_n1c, k, v, rotation, mask)
+        return self._noisy(x_n1d, self._modulation(condition_n1c), partial(cache.beside, index), rotation, mask)
+
+    def read_and_denoise(
+        self,
+        x_ntd: Tensor,
+        condition_n1c: Tensor,
+        rotation: Tensor,
+        cache: KVCache,
+        index: int,
+        where: Appended,
+        mask: Tensor,
+    ) -> Tensor:
+        """`read` of all tokens but the last, and `denoise` of that, in one go through the weights.
+
+        The cache has counted the clean tokens in already; `mask` (N, 1, T, longest + 1) has the rows of both.
+        """
+
+        def join(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            cache.write(index, where, k[:, :, :-1], v[:, :, :-1])
+            return cache.beside(index, k[:, :, -1:], v[:, :, -1:])
+
+        # Shift, scale and gate 0 are those of a clean token.
+        modulation = F.pad(self._modulation(condition_n1c), (0, 0, x_ntd.shape[1] - 1, 0))
+        return self._noisy(x_ntd, modulation, join, rotation, mask)
 
     def _rest(
         self, x_ntd: Tensor, normed: Tensor, k: Tensor, v: Tensor, rotation: Tensor, mask: Tensor | None
@@ -256,16 +304,23 @@ class LlamaLayer(nn.Module):
         out: Tensor = x_ntd + self.dropout(self.mlp(self.post_attention_layernorm(x_ntd)))
         return out
 
-    def _noisy(
-        self, x_ntd: Tensor, condition_ntc: Tensor, k_clean: Tensor, v_clean: Tensor, rotation: Tensor, mask: Tensor
-    ) -> Tensor:
+    def _modulation(self, condition_ntc: Tensor) -> Tensor:
+        """(N, T, 6 width)."""
         assert self.modulation is not None
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition_ntc).chunk(6, dim=-1)
+        out: Tensor = self.modulation(condition_ntc)
+        return out
+
+    def _noisy(self, x_ntd: Tensor, modulation: Tensor, join: _Join, rotation: Tensor, mask: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         normed = modulate(self.input_layernorm(x_ntd), shift_a, scale_a)
-        k, v = self.self_attn.keys_values(normed, rotation)
-        k, v = torch.cat([k_clean, k], dim=2), torch.cat([v_clean, v], dim=2)
+        k, v = join(*self.self_attn.keys_values(normed, rotation))
         hidden = self.self_attn.attend(self.self_attn.queries(normed, rotation), k, v, mask)
         x_ntd = x_ntd + (1 + gate_a) * self.dropout(hidden)
         hidden = self.mlp(modulate(self.post_attention_layernorm(x_ntd), shift_m, scale_m))
         out: Tensor = x_ntd + (1 + gate_m) * self.dropout(hidden)
         return out
+
+
+def _behind(k_clean: Tensor, v_clean: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A `_Join`: keys and values of the noisy stream behind those of the clean one."""
+    return torch.cat([k_clean, k], dim=2), torch.cat([v_clean, v], dim=2)

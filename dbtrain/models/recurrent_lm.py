@@ -96,16 +96,11 @@ class RecurrentLMBlock(CausalLMBlock):
         self.read(cache, torch.full((batch_size, 1), self.model.begin, device=self.embed_tokens.weight.device))
         return cache
 
-    def read(self, cache: KVCache, tokens_nt: Tensor, counts_n: Tensor | None = None) -> None:
-        """Append clean tokens to the cache: of row n the first counts_n[n], or all where that is not given."""
+    def _reading(self, cache: KVCache, tokens_nt: Tensor, where: Appended) -> Tensor:
         assert isinstance(cache, ContextCache)
-        where = cache.place(tokens_nt, counts_n)
-        rotation = self.rotary(where.positions)
-        e = self.prelude.read(self.embed_tokens(tokens_nt), rotation, cache, where)
-        x = self.prelude.join(e, torch.zeros_like(e))
-        read_layers(self.layers, x, rotation, cache, self.recurrent.prelude, where)
+        e = self.prelude.read(self.embed_tokens(tokens_nt), self.rotary(where.positions), cache, where)
         cache.remember(e, where)
-        cache.advance(tokens_nt, where)
+        return self.prelude.join(e, torch.zeros_like(e))
 
     def _enter(self, embedded_nld: Tensor, rotation: Tensor) -> Streams:
         e = self.prelude(embedded_nld, rotation, self.recompute)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbtrain.data.order import KeyedPermutation, SampleOrder
+from dbtrain.randomness import derive_key
 
 KEYS = st.integers(0, 2**63 - 1)
 
@@ -53,6 +54,16 @@ def test_replicas_share_the_global_batch(rows: int, batch: int, replicas: int, s
         positions, taken = SampleOrder(rows, 7, 0, replica, replicas).rows_at(step, batch)
         assert np.array_equal(positions, whole_positions[replica::replicas])
         assert np.array_equal(taken, whole_rows[replica::replicas])
+
+
+@settings(max_examples=30)
+@given(rows=st.integers(4_000, 9_000), batch=st.integers(1, 6_000), step=st.integers(0, 5))
+def test_rows_are_those_of_the_permutation(rows: int, batch: int, step: int) -> None:
+    positions, found = SampleOrder(rows, seed=3, block=2).rows_at(step, batch)
+    for epoch in set((positions // rows).tolist()):
+        inside = positions // rows == epoch
+        whole = KeyedPermutation(rows, derive_key(3, "order", 2, epoch))
+        assert np.array_equal(found[inside], whole(positions[inside] % rows))
 
 
 def test_batch_size_does_not_change_the_sequence() -> None:

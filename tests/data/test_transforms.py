@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import random_pixels
 
-from dbtrain.data.transforms import EvalTransform, TrainTransform, flip, pad_crop
+from dbtrain.data.transforms import EvalTransform, TrainTransform, flip, pad_crop, pad_crop_flip
 from dbtrain.data_config import AugmentConfig, RandAugmentConfig
 
 EVERYTHING = AugmentConfig(crop_padding=2, flip=True, randaugment=RandAugmentConfig())
@@ -40,6 +40,16 @@ def test_pad_crop_shifts_and_fills_with_black(padding: int, size: int, data: st.
     for index in range(4):
         top, left = int(y[index] * (2 * padding + 1)), int(x[index] * (2 * padding + 1))
         assert np.array_equal(found[index], padded[index, :, top : top + size, left : left + size])
+
+
+@given(padding=st.integers(1, 9), size=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_in_one_go_they_do_the_same(padding: int, size: int, seed: int) -> None:
+    """Also where the padding is larger than the image, and nothing of it may be left."""
+    generator = np.random.default_rng(seed)
+    batch = torch.from_numpy(generator.integers(1, 256, (5, 2, size, size + 1), dtype=np.uint8))
+    y, x, chosen = generator.random(5), generator.random(5), generator.random(5) < 0.5
+    expected = flip(pad_crop(batch, padding, y, x), chosen)
+    assert torch.equal(pad_crop_flip(batch, padding, y, x, chosen), expected)
 
 
 def test_flip_mirrors_the_chosen() -> None:

@@ -16,7 +16,7 @@ from dbtrain.inference.decoding import Decoding
 from dbtrain.inference.generate import TextGenerator
 from dbtrain.inference.text_sessions import open_session
 from dbtrain.models.causal_lm import CausalLMBlock
-from dbtrain.models.llama import KVCache
+from dbtrain.models.llama import KVCache, LlamaMLP
 from dbtrain.randomness import derive_key, keyed_normal
 
 LENGTH = 32
@@ -148,6 +148,7 @@ def test_each_token_is_read_once(blocks: AssembledModel, monkeypatch: pytest.Mon
     """The cost of a token does not grow with what was written before, but for attending to it."""
     reads: list[tuple[int, ...]] = []
     asked: list[int] = []
+    passes: list[int] = []
     read, denoise = CausalLMBlock.read, CausalLMBlock.denoise
 
     def counted_read(block: CausalLMBlock, cache: KVCache, tokens_nt: Tensor, *counts: Tensor) -> None:
@@ -160,10 +161,15 @@ def test_each_token_is_read_once(blocks: AssembledModel, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(CausalLMBlock, "read", counted_read)
     monkeypatch.setattr(CausalLMBlock, "denoise", counted_denoise)
+    mlp = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda layer, x: passes.append(x.shape[1]) or mlp(layer, x))
     generator = _with_separator(blocks, -1)
     generator.generate("The ", tokens=10)
     assert sorted(reads) == [(1, 1)] * 3 * (1 + 9) + [(1, 4)] * 3
     assert asked == [1] * 3 * 10
+    layers = blocks.config.model.depth
+    # The begin token; then each token that was read, with the noisy one that comes after it.
+    assert sorted(passes) == [1] * layers + [2] * layers * 9 + [4 + 1] * layers
     reads.clear()
     generator.generate("The ", tokens=10, readout="first")
     assert sorted(reads) == [(1, 1)] * (1 + 9) + [(1, 4)]  # blocks without a say read nothing

@@ -103,6 +103,23 @@ def test_cached_blocks_say_the_same(variant: dict[str, object], prompts: list[in
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_what_was_read_waits_until_it_is_asked_for(variant: dict[str, object]) -> None:
+    """Reading twice before asking, and asking twice of what was read, are as good as one after the other."""
+    block = _block(variant)
+    tokens, (z, sigma) = random_tokens(3), noisy_codes(block, 3)
+    expected, cache = block(tokens, z, sigma), block.start_cache(3)
+    for part in (slice(0, 2), slice(2, 5), slice(5, 6)):
+        block.read(cache, tokens[:, part])
+    for _ in range(2):
+        other = block.denoise(cache, z[:, 3], sigma[:, 3])  # leaves nothing behind
+        torch.testing.assert_close(block.denoise(cache, z[:, 6], sigma[:, 6]), expected[:, 6], atol=1e-5, rtol=0)
+        assert not torch.allclose(other, expected[:, 6])
+    block.read(cache, tokens[:, 6:7])
+    torch.testing.assert_close(block.denoise(cache, z[:, 7], sigma[:, 7]), expected[:, 7], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompts", [[1, 1, 1], [3, 7, 1], [11, 2, 6]])
 @torch.inference_mode()
 def test_the_cached_network_says_the_same(variant: dict[str, object], prompts: list[int]) -> None:
