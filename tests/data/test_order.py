@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbtrain.data.order import KeyedPermutation, SampleOrder
+from dbtrain.randomness import derive_key
 
 KEYS = st.integers(0, 2**63 - 1)
 
@@ -53,6 +54,17 @@ def test_replicas_share_the_global_batch(rows: int, batch: int, replicas: int, s
         positions, taken = SampleOrder(rows, 7, 0, replica, replicas).rows_at(step, batch)
         assert np.array_equal(positions, whole_positions[replica::replicas])
         assert np.array_equal(taken, whole_rows[replica::replicas])
+
+
+def test_rows_are_those_of_the_permutation_wherever_a_batch_begins() -> None:
+    """They are made a stretch at a time, and batches straddle stretches and epochs."""
+    rows, batch = 10_001, 3_000
+    order = SampleOrder(rows, 5, block=4)
+    for step in (0, 1, 2, 3, 6, 30_000):
+        positions, taken = order.rows_at(step, batch)
+        for position, row in zip(positions[::97].tolist(), taken[::97].tolist(), strict=True):
+            epoch, place = divmod(position, rows)
+            assert KeyedPermutation(rows, derive_key(5, "order", 4, epoch))(np.array([place])) == [row]
 
 
 def test_batch_size_does_not_change_the_sequence() -> None:
