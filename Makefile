@@ -75,8 +75,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python benchmarks/loader.py
-	$(BIN)/python benchmarks/coordinator.py
+	$(BIN)/python benchmarks/bench.py
 
 simulate: setup
 	$(BIN)/python benchmarks/simulator.py

@@ -1,6 +1,6 @@
 """How long a block stands still when its worker dies, beside the time that any worker takes to start.
 
-    python benchmarks/recovery.py --kills 10
+    python benchmarks/recovery.py --kills 10 [--json]
 
 On a local cluster with a single block in training, the worker is killed with SIGKILL again and again:
 
@@ -84,15 +84,16 @@ def recovery_times(cluster: LocalCluster, folder: Path, count: int) -> list[floa
     return seconds
 
 
-def row(name: str, seconds: Sequence[float]) -> str:
-    """A line of the Markdown table."""
-    return f"| {name} | {statistics.median(seconds):.1f} | {min(seconds):.1f} | {max(seconds):.1f} |"
+def row(name: str, seconds: Sequence[float]) -> dict[str, str | float]:
+    """Of the table."""
+    return {"seconds": name, "median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
 
 
 def main() -> None:
-    """Measure both and print a Markdown table."""
+    """Measure both and print a Markdown table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="dbtrain-recovery-"))
     try:
@@ -101,10 +102,17 @@ def main() -> None:
             start = start_times(cluster, args.kills)
     finally:
         shutil.rmtree(folder)
+    rows = [
+        row("an actor that imports PyTorch, from asking to its first answer", start),
+        row("a block, from SIGKILL of its worker to its first new step", recovery),
+    ]
+    if args.json:
+        print(json.dumps({"times": args.kills, "rows": rows}))
+        return
     print(f"{args.kills} times each, on {platform.machine()} with {os.cpu_count()} cores\n")
     print("| seconds | median | least | most |\n|---|---|---|---|")
-    print(row("an actor that imports PyTorch, from asking to its first answer", start))
-    print(row("a block, from SIGKILL of its worker to its first new step", recovery))
+    for line in rows:
+        print(f"| {line['seconds']} | {line['median']:.1f} | {line['least']:.1f} | {line['most']:.1f} |")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbtrain.randomness import derive_key, generator, keyed_normal, keyed_uniform, mix64, step_key
+from dbtrain.randomness import derive_key, generator, keyed_normal, keyed_uniform, mix64, seeded, step_key
 
 parts = st.lists(st.one_of(st.text(max_size=6), st.integers(-(2**80), 2**80)), max_size=4)
 
@@ -118,3 +118,13 @@ def test_normal_numbers_are_the_quantiles_of_the_uniform_ones() -> None:
     np.testing.assert_allclose(torch.special.ndtr(normal.double()).numpy(), uniform, atol=1e-6)
     assert torch.equal(keyed_normal(key, positions[7:9], 5), normal[7:9])
     assert bool(normal.isfinite().all())
+
+
+def test_seeded_draws_what_manual_seed_does_and_leaves_no_trace() -> None:
+    torch.manual_seed(12)
+    expected = torch.rand(5)
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    with seeded(12, torch.device("cpu")):
+        assert torch.equal(torch.rand(5), expected)
+    assert torch.equal(torch.random.get_rng_state(), before)

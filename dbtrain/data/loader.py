@@ -33,6 +33,10 @@ class BatchLoader:
         self._batch_size = batch_size
         self._device = torch.device(device)
 
+    def rows(self, step: int) -> tuple[int, ...]:
+        """Numbers of the step's rows in the split."""
+        return tuple(self._order.rows_at(step, self._batch_size)[1].tolist())
+
     def batch(self, step: int) -> dict[str, Tensor]:
         """What the transform makes of the step's rows: {"image": float32 (N, C, H, W), "label": int64 (N,)}, or
         {"tokens": int64 (N, L)}; N is batch_size, or the replica's share."""

@@ -16,11 +16,11 @@ from dbtrain.randomness import derive_key, mix64
 
 Int64s = npt.NDArray[np.int64]
 
-_CHUNK = 4096
-"""Positions whose rows are found at a time: the walks of a single batch are too short for numpy."""
-
 # Even, so that the unequal halves of an odd number of bits end on their own sides.
 _ROUNDS = 6
+# Positions whose rows are made at once and remembered: for a small batch alone, calls of numpy would take longer than
+# its numbers.
+_STRETCH = 4096
 
 
 class KeyedPermutation:
@@ -59,16 +59,12 @@ def _mask(bits: int) -> np.uint64:
     return np.uint64((1 << bits) - 1)
 
 
-@lru_cache(maxsize=64)
-def _permutation(rows: int, seed: int, block: int, epoch: int) -> KeyedPermutation:
-    return KeyedPermutation(rows, derive_key(seed, "order", block, epoch))
-
-
-@lru_cache(maxsize=64)
-def _rows(rows: int, seed: int, block: int, epoch: int, chunk: int) -> Int64s:
-    """The rows at the offsets of one chunk of an epoch."""
-    offsets = np.arange(chunk * _CHUNK, min((chunk + 1) * _CHUNK, rows), dtype=np.int64)
-    return _permutation(rows, seed, block, epoch)(offsets)
+@lru_cache(maxsize=16)
+def _stretch(rows: int, seed: int, block: int, epoch: int, number: int) -> Int64s:
+    """Rows at the places from `number` * _STRETCH on, of one epoch."""
+    first = number * _STRETCH
+    permutation = KeyedPermutation(rows, derive_key(seed, "order", block, epoch))
+    return permutation(np.arange(first, min(first + _STRETCH, rows), dtype=np.int64))
 
 
 class SampleOrder:
@@ -99,8 +95,10 @@ class SampleOrder:
         positions = np.arange(first + self.replica, first + batch_size, self.replicas, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.rows)
         rows = np.empty_like(positions)
-        chunks, places = np.divmod(offsets, _CHUNK)
-        for epoch, chunk in sorted(set(zip(epochs.tolist(), chunks.tolist(), strict=True))):
-            inside = (epochs == epoch) & (chunks == chunk)
-            rows[inside] = _rows(self.rows, self.seed, self.block, epoch, chunk)[places[inside]]
+        stretches = epochs * self.rows + offsets // _STRETCH
+        for stretch in np.unique(stretches).tolist():
+            epoch, number = divmod(stretch, self.rows)
+            inside = stretches == stretch
+            here = _stretch(self.rows, self.seed, self.block, epoch, number)
+            rows[inside] = here[offsets[inside] - number * _STRETCH]
         return positions, rows

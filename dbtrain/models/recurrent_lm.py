@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from dbtrain.diffusion.precondition import c_in
 from dbtrain.model_config import RecurrentLMConfig
 from dbtrain.models.causal_lm import CausalLMBlock, TokenModel, initialise_tokens
 from dbtrain.models.family import Batch, Draw, Family, Piece, register
-from dbtrain.models.layers import apply_layers
+from dbtrain.models.layers import apply_layers, layers_of
 from dbtrain.models.llama import Appended, KVCache, LlamaLayer, RMSNorm, Streams
 from dbtrain.plan import NoiseRange
 from dbtrain.randomness import derive_key, generator
@@ -163,6 +164,15 @@ class RecurrentLM(TokenModel):
         for _ in range(count - blind):
             state = self._iterate(state, e, rotation)
         return self.head(self.norm(apply_layers(self.coda, state, rotation, recompute=self.recompute)))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles layer by layer, in place.
+
+        Of the whole each number of iterations would be another graph, until PyTorch has seen too many and stops
+        compiling: at a step that depends on where training was resumed, and with it the last bits.
+        """
+        for layer in layers_of(self):
+            layer.compile(*args, **kwargs)
 
     def first_state(self) -> Tensor:
         """s_0 of inference, (length + 1, width) on the CPU, by position: the same for all rows, from the run's seed."""

@@ -29,6 +29,18 @@ def make_optimizer(module: nn.Module, config: OptimiserConfig) -> torch.optim.Ad
     )
 
 
+def gradient_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all of them together, on the device; the bits are those of `torch.nn.utils.get_total_norm`.
+
+    That sorts the tensors by device and type first, which takes as long as the sums where tensors are small, and those
+    of a block have one device and one type.
+    """
+    if type(grads[0]) is not Tensor:  # parts of what is spread over workers: DTensors
+        return torch.nn.utils.get_total_norm(grads)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return norm
+
+
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:
     """The rate of the optimiser step that follows `step` finished ones: linear warm-up, then cosine or constant."""
     if step < schedule.warmup_steps:

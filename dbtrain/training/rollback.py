@@ -16,6 +16,8 @@ from torch import Tensor
 
 MAX_CONSECUTIVE_SKIPS = 20
 """Optimiser steps in a row that may be skipped for a non-finite gradient before the block goes back."""
+_MAX_UNCOUNTED = 1024
+"""Steps after which the device is waited for although nobody asks how they went."""
 
 
 class NonFiniteError(RuntimeError):
@@ -29,30 +31,34 @@ class NonFiniteError(RuntimeError):
 
 
 class StepGuard:
-    """Counts the optimiser steps that are skipped in a row, without waiting for the device."""
+    """Counts the optimiser steps that are skipped in a row, without waiting for the device at every step."""
 
-    def __init__(self, device: torch.device):
-        self._skipped = torch.zeros((), device=device)
-        # The step at which the limit was first reached; steps that went well after that change nothing.
-        self._limit_at = torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self) -> None:
+        self._skipped = 0
+        self._limit_at: int | None = None
+        self._last = 0
+        self._judged: list[Tensor] = []  # of the steps up to the last one that are not counted yet
 
     @property
     def skipped(self) -> int:
         """Steps skipped in a row up to now; waits for the device."""
-        return int(self._skipped)
+        self._count()
+        return self._skipped
 
     def judge(self, grad_norm: Tensor, step: int) -> Tensor:
         """1.0 if the optimiser has to skip the step that makes `step` finished ones, else 0.0; on the device."""
-        found_inf = 1.0 - torch.isfinite(grad_norm).float()
-        self._skipped = (self._skipped + 1.0) * found_inf
-        reached = (self._skipped >= MAX_CONSECUTIVE_SKIPS) & (self._limit_at == 0)
-        self._limit_at = torch.where(reached, step, self._limit_at)
+        found_inf = (grad_norm * 0.0).ne_(0.0)  # 0 times anything finite is 0; else it is NaN, which differs from 0
+        self._judged.append(found_inf)
+        self._last = step
+        if len(self._judged) == _MAX_UNCOUNTED:
+            self._count()
         return found_inf
 
     def check(self, block: int) -> None:
         """Raise NonFiniteError if the limit has been reached; waits for the device."""
-        if step := int(self._limit_at):
-            limit = MAX_CONSECUTIVE_SKIPS
+        self._count()
+        if self._limit_at is not None:
+            limit, step = MAX_CONSECUTIVE_SKIPS, self._limit_at
             message = (
                 f"block {block}: gradients were not finite in {limit} steps in a row, up to step {step}; "
                 "lower optimiser.lr or set optimiser.clip_norm"
@@ -61,8 +67,19 @@ class StepGuard:
 
     def reset(self, skipped: int = 0) -> None:
         """Go on from a checkpoint with so many skipped steps behind it."""
-        self._skipped.fill_(float(skipped))
-        self._limit_at.zero_()
+        self._skipped, self._limit_at = skipped, None
+        self._judged.clear()
+
+    def _count(self) -> None:
+        if not self._judged:
+            return
+        judged = torch.stack(self._judged).tolist()
+        self._judged.clear()
+        for step, found_inf in enumerate(judged, start=self._last + 1 - len(judged)):
+            self._skipped = self._skipped + 1 if found_inf else 0
+            # The step at which the limit was first reached; steps that went well after that change nothing.
+            if self._skipped >= MAX_CONSECUTIVE_SKIPS and self._limit_at is None:
+                self._limit_at = step
 
 
 def check_weights(model: Mapping[str, Tensor], block: int, step: int) -> None:

@@ -15,17 +15,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dbtrain.data.batches import make_transform
-from dbtrain.data.loader import BatchLoader
-from dbtrain.data.node_cache import local_shards
-from dbtrain.data.order import SampleOrder
-from dbtrain.data.shards import ShardSet
-from dbtrain.errors import CorruptData, NoRoom, UserError
+from dbtrain.errors import CorruptData, NoRoom
 from dbtrain.models import Batch, Draw, family_of
 from dbtrain.models.family import relays
-from dbtrain.randomness import derive_key, generator, step_key
+from dbtrain.randomness import generator, seeded, step_key
 from dbtrain.run_directory import RunDirectory, StaleAttempt
 from dbtrain.training.averaging import StemAverager
+from dbtrain.training.batches import open_batches
 from dbtrain.training.checkpoint import Snapshot
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
@@ -33,6 +29,7 @@ from dbtrain.training.initial import beginning, check_parameters, initial_module
 from dbtrain.training.memory import peak_memory
 from dbtrain.training.metrics import MetricsLog
 from dbtrain.training.optimisation import (
+    gradient_norm,
     learning_rate,
     make_optimizer,
     optimizer_tensors,
@@ -66,7 +63,6 @@ class BlockTrainer:
             CorruptData: all checkpoints are damaged, or plan, configuration and checkpoints do not belong together.
         """
         config, plan = run.config, run.plan
-        assert plan.data is not None, "a run directory's plan knows its data"
         self.config, self.plan, self.index, self.attempt = config, plan, index, attempt
         self.seat = Seat() if seat is None else seat
         self._team = make_team(config, self.seat, index, attempt)
@@ -76,35 +72,22 @@ class BlockTrainer:
             self._room.write(lambda: self._directory.claim(attempt))
         self.device = prepare_device(config.resources.resolved_device)
 
-        block = plan.blocks[index]
-        family = family_of(config)
-        codebook = family.codebook(config) if block.trained is not None else None
+        codebook = None if plan.blocks[index].trained is None else family_of(config).codebook(config)
         check_plan(config, plan, codebook)
-        shards = ShardSet.open(local_shards(config.data, plan.data.sha256), "train")
-        if shards.manifest.facts().sha256 != plan.data.sha256:
-            raise UserError(
-                "the shards here are not those the run was planned with",
-                field="data.path",
-                value=config.data.location,
-                mend="every machine has to see the same prepared data",
-            )
+        self._loader = open_batches(config, plan, index, self.seat, self.device)
         self.module = initial_module(config, plan, index, codebook).train()
         if config.training.compile:
             self.module.compile()
         self._team.prepare(self.module, self.device)
         self.optimizer = make_optimizer(self.module, config.optimiser)
+        self._parameters = list(self.module.parameters())  # to look for them takes longer than many a kernel
         self.ema = EMA(self.module, config.ema) if config.ema.half_life > 0 else None
-
-        scaling = family.scaling(config, plan.data)
-        transform = make_transform(config, plan.data, scaling, derive_key(config.seed, "augment", index))
-        self._order = SampleOrder(shards.rows, config.seed, index, self.seat.replica, self.seat.replicas)
-        self._loader = BatchLoader(shards, self._order, transform, plan.batch_size, self.device)
 
         # The end-to-end network may take fewer steps for as many layer-evaluations; its warm-up shrinks with them.
         warmup = round(config.schedule.warmup_steps * plan.steps / config.training.steps)
         self._schedule = config.schedule.model_copy(update={"warmup_steps": warmup})
         self.step = 0
-        self._guard = StepGuard(self.device)
+        self._guard = StepGuard()
         self._rollbacks = Rollbacks()
         self._in_step = False
         self._stop = False
@@ -141,7 +124,7 @@ class BlockTrainer:
         """Numbers of the rows in the batch of the step that has raised; none when it was not a step that raised."""
         if not self._in_step:
             return ()
-        return tuple(self._order.rows_at(self._cursor, self.plan.batch_size)[1].tolist())
+        return self._loader.rows(self._cursor)
 
     def train(self) -> Iterator[Progress]:
         """Train to the last step; report at the start, every `logging.every` steps, and after the last save.
@@ -213,6 +196,7 @@ class BlockTrainer:
         That the block belongs to a newer attempt is nothing wrong here.
         """
         self._room.give_up()
+        self._loader.close()
         with suppress(StaleAttempt):
             self._store.close()
 
@@ -255,12 +239,11 @@ class BlockTrainer:
         rate = learning_rate(self.step, self.plan.steps, config.optimiser.lr, self._schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=False)
-        self._loss_sum += self._backward(batch, self._team.share(draw))
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        grad_norm = self._team.whole(torch.nn.utils.get_total_norm(grads))
+        self.optimizer.zero_grad()
+        self._backward(batch, self._team.share(draw))
+        grad_norm = self._team.whole(gradient_norm([p.grad for p in self._parameters if p.grad is not None]))
         if config.optimiser.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), config.optimiser.clip_norm, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, config.optimiser.clip_norm, grad_norm)
         # A fused optimiser skips its update where found_inf is 1: a guard without waiting for the device.
         self.optimizer.found_inf = self._guard.judge(grad_norm, self.step + 1)  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -269,25 +252,27 @@ class BlockTrainer:
             self.ema.update(self.step * self.plan.batch_size, self.plan.batch_size)
         return grad_norm
 
-    def _backward(self, batch: Batch, draw: Draw) -> Tensor:
-        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the loss of this worker's rows."""
+    def _backward(self, batch: Batch, draw: Draw) -> None:
+        """Gradients of the mean loss over the batch, in `accumulate` parts; counts the loss of this worker's rows."""
         parts = self.config.training.accumulate
         size = self.plan.batch_size // self.seat.replicas // parts
         bfloat16 = self.config.training.precision == "bfloat16"
-        total = torch.zeros((), device=self.device)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            key = step_key(self.config.seed, "dropout", block=self.index, step=self._cursor, replica=self.seat.replica)
-            torch.manual_seed(key)
+        key = step_key(self.config.seed, "dropout", block=self.index, step=self._cursor, replica=self.seat.replica)
+        with seeded(key, self.device):
             for part in range(parts):
-                rows = slice(part * size, (part + 1) * size)
+                met, drawn = batch, draw
+                if parts > 1:
+                    rows = slice(part * size, (part + 1) * size)
+                    met, drawn = rows_of(batch, rows), rows_of(draw, rows)
                 with self._team.part(last=part == parts - 1):
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                        met, drawn = rows_of(batch, rows), rows_of(draw, rows)
                         met = met if self._relay is None else self._relay.walk(met, drawn)
-                        loss = self._team.loss(met, drawn) / parts
+                        loss = self._team.loss(met, drawn)
+                        loss = loss if parts == 1 else loss / parts
+                    if part == 0:
+                        self._loader.prefetch(self._cursor + 1)
                     loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-        return total
+                self._loss_sum += loss.detach()
 
     def _save(self) -> None:
         """Snapshot to the CPU now, write in the background."""

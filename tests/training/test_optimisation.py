@@ -9,7 +9,13 @@ from torch import nn
 from dbtrain.config import OptimiserConfig, RunConfig, ScheduleConfig
 from dbtrain.models import family_of
 from dbtrain.plan import NoiseRange
-from dbtrain.training.optimisation import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from dbtrain.training.optimisation import (
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
 
 
 def test_cosine_golden_values() -> None:
@@ -83,3 +89,11 @@ def test_state_goes_round_by_name() -> None:
         step(module, optimizer)
     for a, b in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_norm_of_gradients_is_pytorchs_to_the_last_bit() -> None:
+    source = torch.Generator().manual_seed(0)
+    grads = [torch.randn(shape, generator=source) for shape in ((64, 33), (1,), (7,), (3, 5, 2))]
+    assert torch.equal(gradient_norm(grads), torch.nn.utils.get_total_norm(grads))
+    grads[1].fill_(float("nan"))
+    assert gradient_norm(grads).isnan()

@@ -129,6 +129,17 @@ def test_compiled_blocks_have_ordinary_checkpoints(small_config: SmallConfig, tm
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-2, atol=1e-3)
+    # One that is resumed has compiled its block twice, and has the same bytes.
+    resumed = start_run(config, tmp_path / "resumed")
+    with closing(BlockTrainer(resumed, 0, attempt=1)) as trainer:
+        reports = trainer.train()
+        next(reports)
+        trainer._train_step()
+        trainer.request_stop()
+        list(reports)
+    torch._dynamo.reset()
+    train_block(resumed, attempt=2)
+    assert newest_files(resumed) == newest_files(run)
 
 
 def test_other_random_numbers_are_left_alone(small_config: SmallConfig, tmp_path: Path) -> None:
