@@ -28,6 +28,8 @@ HERE = Path(__file__).parent
 BENCHMARKS: dict[str, list[str]] = {
     "trainer": [],
     "loader": [],
+    "inference": [],
+    "scaling": [],
     "coordinator": [],
     "recovery": ["--kills", "5"],
 }
