@@ -124,14 +124,16 @@ class ChainConfig(Section):
 
 
 class OptimiserConfig(Section):
-    """AdamW (Loshchilov, Hutter 2019)."""
+    """AdamW (Loshchilov, Hutter 2019) or Adafactor (Shazeer, Stern 2018)."""
 
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    """AdamW keeps two moments of every weight; Adafactor of a matrix its rows' and columns': next to nothing."""
     lr: float = Field(1e-3, gt=0.0)
-    """Peak learning rate."""
+    """Peak learning rate; Adafactor's steps are this part of the root mean square of a tensor (1e-2 is usual)."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay rates of the two moments."""
+    """Decay rates of AdamW's two moments."""
     eps: float = Field(1e-8, gt=0.0)
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = Field(0.01, ge=0.0)
     """Decoupled weight decay of matrices; vectors (biases, norms) and embeddings have none."""
     clip_norm: float | None = Field(1.0, gt=0.0)
@@ -302,6 +304,8 @@ class RunConfig(Section):
             self._check_averaging()
         if self.blocks.relay_every is not None:
             self._check_relay()
+        if self.optimiser.kind == "adafactor" and self.resources.shard:
+            raise ValueError("optimiser.kind 'adafactor' needs whole matrices: use 'adamw', or no resources.shard")
         if self.schedule.warmup_steps > self.training.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than training.steps {self.training.steps}"
@@ -370,6 +374,8 @@ class RunConfig(Section):
         full["resources"] = {"threads": self.resources.threads, "device": self.resources.resolved_device}
         del full["data"]["path"], full["data"]["cache"]
         del full["training"]["max_rollbacks"], full["blocks"]["average_patience"]
+        if self.optimiser.kind == "adamw":
+            del full["optimiser"]["kind"]
         if self.blocks.stem == "private":
             del full["blocks"]["stem"], full["blocks"]["average_every"]
         if self.blocks.relay_every is None:

@@ -28,7 +28,7 @@ class NoiseRange(_Record):
 
 
 class Bytes(_Record):
-    """Bytes resident in one worker while it trains its block; activations are for its share of one (micro-)batch."""
+    """Bytes of tensors in one worker at the moment of a step when they are most, while it trains its block."""
 
     parameters: int
     buffers: int
@@ -37,15 +37,18 @@ class Bytes(_Record):
     optimiser: int
     ema: int
     activations: int
-    """Tensors that autograd keeps for the backward pass."""
+    """Tensors that autograd keeps for the backward pass of one (micro-)batch."""
+    temporary: int = 0
+    """What is alive beside them at that moment: the batch and its noise, results and gradients on their way, and with
+    `training.recompute` the layer that is computed again."""
     gathered: int = 0
     """With `resources.shard`: what FSDP2 gathers from the other replicas and has not reduced yet, at most."""
 
     @property
     def total(self) -> int:
-        """All of them together."""
+        """All of them together: the peak."""
         state = self.parameters + self.buffers + self.gradients + self.optimiser + self.ema
-        return state + self.activations + self.gathered
+        return state + self.activations + self.temporary + self.gathered
 
 
 class BlockPlan(_Record):

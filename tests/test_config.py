@@ -294,6 +294,7 @@ def test_placement_and_cadence_do_not_change_the_identity(file: Path, override: 
         "data.source=photos",
         "data.augment.flip=true",
         "ema.half_life=100",
+        "optimiser.kind=adafactor",
         "model.dropout=0.1",
     ],
 )

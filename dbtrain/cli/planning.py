@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from dbtrain.cli.output import (
     emit_json,
     parse_bytes,
     print_table,
+    report,
     whole_number,
 )
 from dbtrain.config_file import load_config
@@ -42,10 +43,13 @@ def plan(
             "--memory", metavar="SIZE", help="A worker's memory, such as 8GB: which B fits?", show_default=False
         ),
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Time 20 steps on this device: how long training will take.")
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show layers, noise range, parameters and bytes of each block; trains nothing."""
+    """Show layers, noise range, parameters and bytes of each block; writes nothing."""
     changes = list(overrides or [])
     if blocks is not None:
         changes += [f"blocks.count={blocks}", "blocks.split=null"]
@@ -57,12 +61,15 @@ def plan(
     made = make_plan(run)
     whole = make_plan(run, "end_to_end")
     fits = None if budget is None else _counts_that_fit(run, budget)
+    times = _times(run, made, whole) if calibrate else None
     if as_json:
         result = made.model_dump(mode="json")
         result["layer_evaluations"] = made.layer_evaluations
         result["end_to_end"] = whole.model_dump(mode="json")["blocks"][0]
         if fits is not None:
             result["fits"] = {"memory": budget, "blocks": fits}
+        if times is not None:
+            result["calibration"] = times
         emit_json(result)
         return
     _print(made, whole)
@@ -70,6 +77,47 @@ def plan(
         several = ", ".join(map(str, fits))
         answer = f"B = {several}" if fits else f"no B up to {run.model.depth}; lower training.batch_size"
         typer.echo(f"Fits in {human_bytes(budget or 0)} a worker: {answer}")
+    if times is not None:
+        _print_times(times, len(made.blocks))
+
+
+def _times(run: RunConfig, made: Plan, whole: Plan) -> dict[str, Any]:
+    """Of the costliest block and of the end-to-end network; of the latter none, and why, where it does not fit."""
+    from dbtrain.training.calibration import STEPS, costliest, seconds_a_step
+
+    device, threads = run.resources.resolved_device, run.resources.threads
+    report(f"timing {STEPS} steps of block {costliest(made).index} and of the network end to end on this {device}")
+    times: dict[str, Any] = {"device": device, "threads": threads, "steps": STEPS}
+    for name, plan in (("block", made), ("end_to_end", whole)):
+        block = costliest(plan)
+        found: dict[str, Any] = {"index": block.index, "bytes": block.bytes.total, "steps": plan.steps}
+        try:
+            seconds = seconds_a_step(run, plan)
+        except UserError as error:
+            if plan is made:
+                raise
+            found |= {"seconds_per_step": None, "hours": None, "reason": str(error)}
+        else:
+            found |= {"seconds_per_step": seconds, "hours": seconds * plan.steps / 3600}
+        times[name] = found
+    return times
+
+
+def _print_times(times: dict[str, Any], count: int) -> None:
+    from dbtrain.monitoring.terminal import duration
+
+    threads = f"{times['threads']} thread{'' if times['threads'] == 1 else 's'}"
+    typer.echo(f"on this {times['device']}, {threads}:")
+    names = {"block": f"B = {count} needs", "end_to_end": "end to end needs"}
+    for key, needs in names.items():
+        found = times[key]
+        if found["hours"] is None:
+            typer.echo(f"  end to end: {found['reason']}")
+            continue
+        each = " a worker" if key == "block" else ""
+        took = f"{found['steps']:,} steps of {found['seconds_per_step']:.3g} s"
+        took += f" (block {found['index']})" if key == "block" else ""
+        typer.echo(f"  {needs} {human_bytes(found['bytes'])} and {duration(found['hours'] * 3600)}{each}: {took}")
 
 
 def _counts_that_fit(run: RunConfig, budget: float) -> list[int]:
@@ -107,7 +155,7 @@ def _print(made: Plan, whole: Plan) -> None:
                 f"{block.parameters:,}",
                 human_bytes(size.parameters + size.gradients),
                 human_bytes(size.optimiser + size.ema),
-                human_bytes(size.activations),
+                human_bytes(size.activations + size.temporary),
                 human_bytes(size.total),
                 f"{block.flops_per_sample / 1e6:.1f}",
             ]
@@ -123,7 +171,7 @@ def _print(made: Plan, whole: Plan) -> None:
             "weights\n+ grads",
             "optimiser\n+ EMA",
             "acti-\nvations",
-            "total",
+            "peak",
             "MFLOP\n/sample",
         ],
         rows,

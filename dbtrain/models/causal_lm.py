@@ -19,6 +19,7 @@ from dbtrain.models.family import Batch, Draw, Family, TrainableModule, register
 from dbtrain.models.layers import NoiseEmbedding, apply_layers, initialise, modulate
 from dbtrain.models.llama import Appended, KVCache, LlamaLayer, RMSNorm, Rotary, Streams, noisy_mask
 from dbtrain.models.pretrained import Checkpoint, codebook_of_checkpoint, start_from_checkpoint
+from dbtrain.models.token_loss import chunked_cross_entropy, needs_chunks
 from dbtrain.plan import NoiseRange
 
 CONDITION = 64
@@ -71,7 +72,9 @@ class CausalLMBlock(TokenModel):
         # Noise on the way in would drown the token before, and with it most of what the block can know at first.
         nn.init.zeros_(self.code_stem.weight)
 
-    def forward(self, tokens_nl: Tensor, z_nld: Tensor, sigma_nl: Tensor, *, clean: bool = False) -> Tensor:
+    def forward(
+        self, tokens_nl: Tensor, z_nld: Tensor, sigma_nl: Tensor, *, clean: bool = False, logits: bool = True
+    ) -> Tensor:
         """Logits (N, L, V) of each token x_i, given those before it and its noisy code.
 
         Args:
@@ -79,6 +82,7 @@ class CausalLMBlock(TokenModel):
             z_nld: noisy codes.
             sigma_nl: their noise levels, (N, L), or (N, 1) for one a row.
             clean: append what the clean stream says of the same tokens: (N, 2 L, V).
+            logits: give these; or what the head makes them of, (N, L or 2 L, width).
         """
         inputs = self.shifted(tokens_nl)
         condition, embedded = self._condition(sigma_nl), self.embed_tokens(inputs)
@@ -93,7 +97,7 @@ class CausalLMBlock(TokenModel):
         normed = self._norm_noisy(x_noisy, condition)
         if clean:
             normed = torch.cat([normed, self.norm(x_clean)], dim=1)
-        return self.head(normed)
+        return self.head(normed) if logits else normed
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
         """sigma (N, L), each token's own, from the training range, and eps (N, L, code width) from N(0, I)."""
@@ -108,12 +112,16 @@ class CausalLMBlock(TokenModel):
         tokens, sigma = batch["tokens"], draw["sigma"]
         z = self.codebook[tokens] + sigma[..., None] * draw["eps"]
         with_clean = self.clean_loss > 0
-        logits = self(tokens, z, sigma, clean=with_clean)
-        factors = weights(self.noise.weight, sigma, self.noise.sigma_data)
+        targets, factors = tokens, weights(self.noise.weight, sigma, self.noise.sigma_data)
         if with_clean:
             factors = torch.cat([factors, torch.full_like(sigma, self.clean_loss)], dim=1)
-            tokens = torch.cat([tokens, tokens], dim=1)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+            targets = torch.cat([tokens, tokens], dim=1)
+        if needs_chunks(targets, self.model.vocab_size):
+            normed = self(tokens, z, sigma, clean=with_clean, logits=False)
+            losses = chunked_cross_entropy(self.head, normed, targets, self.model.vocab_size).flatten()
+        else:
+            logits = self(tokens, z, sigma, clean=with_clean)
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         return (factors.flatten() * losses).sum() / sigma.numel()
 
     def start_cache(self, batch_size: int) -> KVCache:
@@ -201,11 +209,12 @@ class CausalLM(TokenModel):
         self.layers = nn.ModuleList(LlamaLayer(self.model, condition=None) for _ in range(self.model.depth))
         initialise_tokens(self)
 
-    def forward(self, tokens_nl: Tensor) -> Tensor:
-        """Logits (N, L, V) of each token x_i, given those before it."""
+    def forward(self, tokens_nl: Tensor, *, logits: bool = True) -> Tensor:
+        """Logits (N, L, V) of each token x_i, given those before it; or what the head makes them of, (N, L, width)."""
         x = self.embed_tokens(self.shifted(tokens_nl))
         x = apply_layers(self.layers, x, self.rotary(slice(0, x.shape[1])), recompute=self.recompute)
-        return self.head(self.norm(x))
+        normed = self.norm(x)
+        return self.head(normed) if logits else normed
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
         """Nothing: no noise enters."""
@@ -213,7 +222,9 @@ class CausalLM(TokenModel):
 
     def training_loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Cross-entropy of every token."""
-        tokens = batch["tokens"]
+        tokens, size = batch["tokens"], self.model.vocab_size
+        if needs_chunks(tokens, size):
+            return chunked_cross_entropy(self.head, self(tokens, logits=False), tokens, size).mean()
         return F.cross_entropy(self(tokens).float().flatten(0, 1), tokens.flatten())
 
     def start_cache(self, batch_size: int) -> KVCache:

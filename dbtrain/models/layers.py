@@ -111,7 +111,7 @@ def apply_layers(layers: Iterable[Callable[..., Any]], x: Any, *rest: Any, recom
     """layer(x, *rest) for each layer in turn. With `recompute`, autograd keeps each layer's input alone."""
     for layer in layers:
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(layer, _kept(x), *rest, use_reentrant=False)
+            x = checkpoint(layer, kept(x), *rest, use_reentrant=False)
         else:
             x = layer(x, *rest)
     return x
@@ -138,9 +138,10 @@ class _Kept(torch.autograd.Function):
         return grads[0]
 
 
-def _kept(x: Any) -> Any:
+def kept(x: Any) -> Any:
+    """The tensor, or tuple of them, as one that autograd itself saves: what a checkpoint holds, no hook would see."""
     if isinstance(x, tuple):
-        return tuple(_kept(part) for part in x)
+        return tuple(kept(part) for part in x)
     return _Kept.apply(x) if isinstance(x, Tensor) and x.requires_grad else x  # type: ignore[no-untyped-call]
 
 

@@ -38,6 +38,7 @@ from dbtrain.models.layers import (
     initialise,
     rotary_table,
 )
+from dbtrain.models.token_loss import chunked_cross_entropy, needs_chunks
 from dbtrain.plan import NoiseRange, split_layers
 
 
@@ -66,14 +67,16 @@ class MaskedLM(TrainableModule):
         initialise(self)
         nn.init.trunc_normal_(self.embedding.weight, std=0.02)
 
-    def forward(self, tokens_nl: Tensor, level_n: Tensor) -> Tensor:
-        """Logits (N, L, vocabulary) of every position's token, given tokens with some masked at level t (N,)."""
+    def forward(self, tokens_nl: Tensor, level_n: Tensor, *, logits: bool = True) -> Tensor:
+        """Logits (N, L, vocabulary) of every position's token, given tokens with some masked at level t (N,); or what
+        the head makes them of, (N, L, width)."""
         # As wide as c_noise of the Gaussian families, which the embedding's frequencies are made for.
         condition_nd = self.level_embedding(2.0 * level_n - 1.0)
         x_nld = self.dropout(self.embedding(tokens_nl))
         x_nld = apply_layers(self.layers, x_nld, condition_nd, self.rotation, recompute=self.recompute)
-        logits_nlv: Tensor = self.head(self.norm(x_nld, condition_nd[:, None]))
-        return logits_nlv
+        normed_nld = self.norm(x_nld, condition_nd[:, None])
+        out: Tensor = self.head(normed_nld) if logits else normed_nld
+        return out
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
         """level (N,) from the training range, spread evenly over the batch, and masked (N, L), boolean."""
@@ -93,8 +96,13 @@ class MaskedLM(TrainableModule):
         With level ~ U(low, high) and masks of `random_mask`, (high - low) times its mean is the bound's integral over
         [low, high].
         """
-        logits_nlv = self(torch.where(masked_nl, self.mask_id, tokens_nl), level_n)
-        nats_nl = F.cross_entropy(logits_nlv.float().transpose(1, 2), tokens_nl, reduction="none")
+        given_nl = torch.where(masked_nl, self.mask_id, tokens_nl)
+        if needs_chunks(tokens_nl, self.mask_id):
+            normed_nld = self(given_nl, level_n, logits=False)
+            nats_nl = chunked_cross_entropy(self.head, normed_nld, tokens_nl, self.mask_id)
+        else:
+            logits_nlv = self(given_nl, level_n)
+            nats_nl = F.cross_entropy(logits_nlv.float().transpose(1, 2), tokens_nl, reduction="none")
         return self.schedule.weight(level_n, self.length) * (nats_nl * masked_nl).sum(dim=1)
 
 

@@ -27,6 +27,7 @@ from dbtrain.models.causal_lm import CausalLMBlock, TokenModel, initialise_token
 from dbtrain.models.family import Batch, Draw, Family, Piece, register
 from dbtrain.models.layers import apply_layers, layers_of
 from dbtrain.models.llama import Appended, KVCache, LlamaLayer, RMSNorm, Streams
+from dbtrain.models.token_loss import chunked_cross_entropy, needs_chunks
 from dbtrain.plan import NoiseRange
 from dbtrain.randomness import derive_key, generator
 
@@ -144,13 +145,21 @@ class RecurrentLM(TokenModel):
         self.coda = nn.ModuleList(LlamaLayer(model, condition=None) for _ in range(model.coda))
         initialise_tokens(self)
 
-    def forward(self, tokens_nl: Tensor, iterations: int | None = None, state_nld: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_nl: Tensor,
+        iterations: int | None = None,
+        state_nld: Tensor | None = None,
+        *,
+        logits: bool = True,
+    ) -> Tensor:
         """Logits (N, L, V) of each token x_i, given those before it.
 
         Args:
             tokens_nl: the rows.
             iterations: of the core, at least 1; `model.iterations` when not given.
             state_nld: s_0; that of inference when not given.
+            logits: give these; or what the head makes them of, (N, L, width).
         """
         count = self._count(iterations)
         inputs = self.shifted(tokens_nl)
@@ -163,7 +172,8 @@ class RecurrentLM(TokenModel):
                 state = self._iterate(state, e, rotation)
         for _ in range(count - blind):
             state = self._iterate(state, e, rotation)
-        return self.head(self.norm(apply_layers(self.coda, state, rotation, recompute=self.recompute)))
+        normed = self.norm(apply_layers(self.coda, state, rotation, recompute=self.recompute))
+        return self.head(normed) if logits else normed
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles layer by layer, in place.
@@ -196,8 +206,12 @@ class RecurrentLM(TokenModel):
 
     def training_loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Cross-entropy of every token."""
-        tokens = batch["tokens"]
-        logits = self(tokens, draw["iterations"].shape[1], draw["state"])
+        tokens, size = batch["tokens"], self.model.vocab_size
+        count, state = draw["iterations"].shape[1], draw["state"]
+        if needs_chunks(tokens, size):
+            normed = self(tokens, count, state, logits=False)
+            return chunked_cross_entropy(self.head, normed, tokens, size).mean()
+        logits = self(tokens, count, state)
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
     def start_cache(self, batch_size: int, iterations: int | None = None) -> IterationCache:

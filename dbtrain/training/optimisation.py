@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,22 @@ from torch import Tensor, nn
 from dbtrain.config import OptimiserConfig, ScheduleConfig
 
 
-def make_optimizer(module: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay for the matrices of linear layers alone, not for biases, norms and embeddings."""
+class Adafactor(torch.optim.Adafactor):
+    """PyTorch's, which passes over a step where `found_inf` is 1, as its fused optimisers do."""
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; waits for the device, as Adafactor does for the norm of every tensor anyhow."""
+        found_inf, self.found_inf = self.found_inf, None  # which PyTorch's would refuse
+        if found_inf is None or not bool(found_inf):
+            super().step(closure)  # type: ignore[no-untyped-call]
+
+
+def make_optimizer(module: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
+    """Fused AdamW, or Adafactor; weight decay for the matrices of linear layers alone, not for biases, norms and
+    embeddings."""
     matrices = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
     decayed = [p for p in module.parameters() if id(p) in matrices]
     others = [p for p in module.parameters() if id(p) not in matrices]
@@ -20,13 +34,19 @@ def make_optimizer(module: nn.Module, config: OptimiserConfig) -> torch.optim.Ad
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    if config.kind == "adafactor":
+        return Adafactor(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def state_bytes(config: OptimiserConfig, sizes: Sequence[int], parameters: Sequence[Tensor]) -> int:
+    """Bytes of the optimiser's state for `parameters`, of which a worker holds `sizes` bytes each."""
+    counters = 4 * len(parameters)  # one float32 a tensor
+    if config.kind == "adamw":
+        return 2 * sum(sizes) + counters
+    kept = (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel() for p in parameters)
+    return 4 * sum(kept) + counters
 
 
 def gradient_norm(grads: list[Tensor]) -> Tensor:

@@ -1,29 +1,20 @@
-"""RunConfig -> Plan: layers, noise ranges, and the exact bytes and FLOPs of each block, allocating nothing.
-
-Each block is built on PyTorch's `meta` device, where tensors have shapes and no storage, and one training step is
-traced there: parameters and buffers are counted from the module, FLOPs by PyTorch's counter. Which tensors autograd
-saves depends on the kernels and on autocast, so activations are counted on fake tensors that dispatch as a CPU's do.
-"""
+"""RunConfig -> Plan: layers, noise ranges, and what each block costs; whether a plan still is that of a RunConfig."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from dbtrain.config import RunConfig
 from dbtrain.diffusion.codebook import digest
 from dbtrain.errors import CorruptData
 from dbtrain.models import Family, Piece, TrainableModule, family_of
-from dbtrain.models.family import relays, walk_to
-from dbtrain.models.layers import layers_of
-from dbtrain.plan import BlockPlan, Bytes, DatasetFacts, Kind, NoiseRange, Plan
+from dbtrain.models.family import relays
+from dbtrain.plan import BlockPlan, DatasetFacts, Kind, NoiseRange, Plan
+from dbtrain.training.cost import Cost, cost_of
 from dbtrain.training.stem import averages_stems, check_same_stems
 
 
@@ -37,27 +28,31 @@ def make_plan(config: RunConfig, kind: Kind = "blocks", data: DatasetFacts | Non
     family.check_start(config)
     codebook = family.codebook(config) if kind == "blocks" else None
     pieces = _cut(config, kind)
+
+    def build(piece: Piece) -> TrainableModule:
+        return build_on_meta(family, config, piece.layers, piece.trained, codebook)
+
     if averages_stems(config, kind):
-        check_same_stems([build_on_meta(family, config, p.layers, p.trained, codebook) for p in pieces])
+        check_same_stems([build(piece) for piece in pieces])
     blocks = []
-    measured: dict[tuple[tuple[int, int], ...], tuple[int, Bytes, int]] = {}  # the noise range changes no size
+    costs: dict[tuple[tuple[int, int], ...], Cost] = {}  # the noise range changes no size
     for index, piece in enumerate(pieces):
         before = pieces[:index] if relays(config, kind) else []
         size = piece.layers[1] - piece.layers[0]
         same = (*(earlier.layers for earlier in before), (0, size))
-        if same not in measured:
-            measured[same] = _measure(family, config, piece, before, codebook)
-        parameters, resident, flops = measured[same]
+        if same not in costs:
+            costs[same] = cost_of(family, config, piece, before, build)
+        cost = costs[same]
         blocks.append(
             BlockPlan(
                 index=index,
                 layers=piece.layers,
                 noise=piece.noise,
                 trained=piece.trained,
-                parameters=parameters,
-                bytes=resident,
+                parameters=cost.parameters,
+                bytes=cost.bytes,
                 evaluations=piece.evaluations,
-                flops_per_sample=flops,
+                flops_per_sample=cost.flops_per_sample,
             )
         )
     return Plan(
@@ -166,118 +161,3 @@ def build_module(
         module = family.build_block(config, layers, trained, codebook)
     module.recompute = config.training.recompute
     return module
-
-
-def _measure(
-    family: Family, config: RunConfig, piece: Piece, before: Sequence[Piece], codebook: Tensor | None
-) -> tuple[int, Bytes, int]:
-    """Parameters of a piece, its bytes at the configured micro-batch, and FLOPs a sample.
-
-    Where blocks relay, `before` are the pieces whose weights it holds, too, to compute their features.
-    """
-    module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
-    others = [build_on_meta(family, config, other.layers, other.trained, codebook) for other in before]
-    resources = config.resources
-    micro_batch = config.training.batch_size // config.training.accumulate // resources.replicas
-    parameters = list(module.parameters())
-    frozen = [*module.buffers(), *(t for other in others for t in (*other.parameters(), *other.buffers()))]
-    buffers = sum(tensor.numel() * tensor.element_size() for tensor in frozen)
-    # DDP keeps all on every replica, and its buckets are the gradients themselves.
-    ways = resources.replicas if resources.shard else 1
-    weights = sum(_part_bytes(p, ways) for p in parameters)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        _loss(family, config, module, others, micro_batch).backward()  # type: ignore[no-untyped-call]
-    return (
-        sum(p.numel() for p in parameters),
-        Bytes(
-            parameters=weights,
-            buffers=buffers,
-            gradients=weights,
-            # AdamW: two moments a weight, and one float32 step counter a tensor.
-            optimiser=2 * weights + 4 * len(parameters),
-            ema=weights if config.ema.half_life > 0 else 0,
-            activations=_activation_bytes(family, config, piece, others, codebook, micro_batch),
-            gathered=_gathered_bytes(module) if resources.shard else 0,
-        ),
-        int(counter.get_total_flops()) // micro_batch,
-    )
-
-
-def _part_bytes(parameter: Tensor, ways: int) -> int:
-    """Bytes of the largest part when FSDP2 cuts a parameter along its first dimension."""
-    rows = parameter.shape[0] if parameter.dim() else 1
-    return math.ceil(rows / ways) * (parameter.numel() // max(rows, 1)) * parameter.element_size()
-
-
-def _gathered_bytes(module: TrainableModule) -> int:
-    """Most bytes of whole tensors that a replica holds beside its own parts, by FSDP2's scheme.
-
-    All that belongs to no layer, for the whole step; the layer in hand and the next one, fetched ahead; and the
-    gradients of one of these groups twice, as they were computed and as they are sent.
-    """
-    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers_of(module)]
-    rest = sum(p.numel() * p.element_size() for p in module.parameters()) - sum(layers)
-    ahead = sorted(layers)[-2:]
-    return rest + sum(ahead) + 2 * max(rest, *ahead, 0)
-
-
-def _activation_bytes(
-    family: Family,
-    config: RunConfig,
-    piece: Piece,
-    others: Sequence[TrainableModule],
-    codebook: Tensor | None,
-    micro_batch: int,
-) -> int:
-    """Most bytes that autograd holds at once for the way back."""
-    module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
-    saved = _saved_bytes(family, config, module, others, micro_batch)
-    if not config.training.recompute:
-        return saved
-    # Beside what is kept, one layer's own activations come back while its gradients are computed.
-    module = build_on_meta(family, config, piece.layers, piece.trained, codebook)
-    module.recompute = False
-    whole = _saved_bytes(family, config, module, others, micro_batch)
-    return saved + (whole - saved) // round(piece.kept or piece.evaluations)
-
-
-def _saved_bytes(
-    family: Family,
-    config: RunConfig,
-    module: TrainableModule,
-    others: Sequence[TrainableModule],
-    micro_batch: int,
-) -> int:
-    """Bytes of the distinct storages that autograd keeps between forward and backward, parameters left out."""
-    saved: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage
-        return tensor
-
-    copies = [copy.deepcopy(other) for other in others]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = module.to_empty(device="cpu")
-        before = [other.to_empty(device="cpu") for other in copies]
-        own = {t.untyped_storage()._cdata for t in [*fake.parameters(), *fake.buffers()]}
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bfloat16"),
-        ):
-            _loss(family, config, fake, before, micro_batch)
-    return sum(storage.nbytes() for storage in saved.values())
-
-
-def _loss(
-    family: Family,
-    config: RunConfig,
-    module: TrainableModule,
-    before: Sequence[TrainableModule],
-    micro_batch: int,
-) -> Tensor:
-    """The training loss of an example batch, on the module's device; `before` are the blocks it goes on from."""
-    device = next(module.parameters()).device
-    draw = {name: value.to(device) for name, value in module.example_draw(micro_batch).items()}
-    return module.training_loss(walk_to(before, family.example_batch(config, micro_batch), draw), draw)

@@ -31,7 +31,8 @@ def test_plan(recipe: Path, place: Path) -> None:
     assert all(upper["noise"]["low"] == lower["noise"]["high"] for upper, lower in itertools.pairwise(blocks))
     assert all(block["parameters"] > 0 for block in blocks)
     assert all(
-        {"parameters", "gradients", "optimiser", "ema", "activations"} <= block["bytes"].keys() for block in blocks
+        {"parameters", "gradients", "optimiser", "ema", "activations", "temporary"} <= block["bytes"].keys()
+        for block in blocks
     )
     assert all(block["bytes"]["gradients"] == block["parameters"] * 4 for block in blocks)
     assert not list(place.iterdir())
@@ -43,6 +44,19 @@ def test_plan_says_how_many_blocks_fit(recipe: Path) -> None:
     ]
     fits = dbtrain("plan", recipe, "--memory", max(sizes), "--json").json()["fits"]
     assert fits == {"memory": max(sizes), "blocks": [2, 3, 4]}
+
+
+def test_a_calibration_says_how_long_and_leaves_nothing_behind(recipe: Path, place: Path) -> None:
+    result = dbtrain("plan", recipe, "--calibrate", "--json")
+    plan = result.json()
+    assert (result.code, "timing 20 steps of block 0" in result.stderr) == (0, True)
+    found = plan["calibration"]
+    assert (found["device"], found["threads"], found["steps"]) == ("cpu", 1, 20)
+    for timed, block in ((found["block"], plan["blocks"][0]), (found["end_to_end"], plan["end_to_end"])):
+        assert (timed["index"], timed["bytes"], timed["steps"]) == (0, sum(block["bytes"].values()), 20)
+        assert timed["seconds_per_step"] > 0
+        assert timed["hours"] == pytest.approx(20 * timed["seconds_per_step"] / 3600)
+    assert not list(place.iterdir())
 
 
 def test_train_and_train_again(recipe: Path, place: Path) -> None:

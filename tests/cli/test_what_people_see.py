@@ -20,6 +20,8 @@ from rich.console import Console
 
 from dbtrain.cli import output
 from dbtrain.config import RunConfig
+from dbtrain.errors import UserError
+from dbtrain.plan import Plan
 
 VERBS = (
     "prepare", "plan", "train", "baseline", "assemble", "evaluate", "predict", "sample", "export", "compare", "figures",
@@ -67,6 +69,22 @@ def test_the_plan_fits_a_terminal_of_80_columns(recipe: Path) -> None:
         ["all", "0-3", "-"],
     ]
     assert "codebook: " in screen
+
+
+def test_a_calibration_is_told_beside_the_memory(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(config: RunConfig, plan: Plan) -> float:
+        if plan.kind == "end_to_end":
+            raise UserError("block 0 ran out of memory")
+        return 500.0
+
+    monkeypatch.setattr("dbtrain.training.calibration.seconds_a_step", seconds)
+    shown = dbtrain("plan", recipe, "--calibrate").stdout.splitlines()
+    needed = next(line.split()[-3:-1] for line in shown if line.startswith("0 "))
+    assert shown[-3:] == [
+        "on this cpu, 1 thread:",
+        f"  B = 3 needs {' '.join(needed)} and 2h 46m a worker: 20 steps of 500 s (block 0)",
+        "  end to end: block 0 ran out of memory",
+    ]
 
 
 def test_plan_of_a_family_without_codebook_names_none(family_config: Callable[..., RunConfig], place: Path) -> None:

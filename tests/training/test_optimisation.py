@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dbtrain.config import OptimiserConfig, RunConfig, ScheduleConfig
+from dbtrain.errors import UserError
 from dbtrain.models import family_of
 from dbtrain.plan import NoiseRange
 from dbtrain.training.optimisation import (
@@ -65,6 +66,31 @@ def test_one_step_is_adamw() -> None:
     optimizer.step()
     assert float(module.weight.detach()) == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-5)
     assert float(module.bias.detach()) == pytest.approx(2.0 - 0.1, rel=1e-5)
+
+
+def test_adafactor_passes_over_what_is_not_finite() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    optimizer = make_optimizer(module, OptimiserConfig(kind="adafactor", lr=0.1))
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert optimizer_tensors(module, optimizer) == {}
+    for parameter, old in zip(module.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+    assert {name.rpartition("/")[2] for name in optimizer_tensors(module, optimizer)} == {
+        "step", "row_var", "col_var", "variance"
+    }  # fmt: skip
+
+
+def test_adafactor_is_not_cut_up(small_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(UserError, match=r"'adafactor' needs whole matrices: .*resources\.shard"):
+        small_config(optimiser={"kind": "adafactor"}, resources={"replicas": 2, "shard": True})
 
 
 def test_state_goes_round_by_name() -> None:

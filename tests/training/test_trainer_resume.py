@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "no averages": {"ema": {"half_life": 0}},
     "bfloat16": {"training": {"precision": "bfloat16"}},
     "no clipping": {"optimiser": {"clip_norm": None}},
+    "adafactor": {"optimiser": {"kind": "adafactor", "lr": 1e-2}},
     "epochs": {"training": {"batch_size": 512}, "data": {"augment": {"crop_padding": 2, "flip": True}}},
 }
 

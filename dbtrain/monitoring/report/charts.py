@@ -24,7 +24,7 @@ _MARKS = {
 }
 BASELINE = "#c2560c"
 """Colour of the end-to-end network."""
-PARTS = ("parameters", "gradients", "optimiser", "ema", "activations", "gathered", "buffers")
+PARTS = ("parameters", "gradients", "optimiser", "ema", "activations", "temporary", "gathered", "buffers")
 """Of a worker's planned bytes, in the order in which they are drawn."""
 
 
