@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 BENCHMARKS: dict[str, list[str]] = {
     "trainer": [],
     "loader": [],
+    "memory": [],
     "inference": [],
     "scaling": [],
     "coordinator": [],

@@ -53,10 +53,10 @@ def measure(config: RunConfig, kind: Kind, device: torch.device, *, layers: bool
         torch.cuda.reset_peak_memory_stats(device)
         step.seconds()
         return torch.cuda.max_memory_allocated(device) - before, block.bytes.total
-    grads = [p.grad for p in step.module.parameters() if p.grad is not None]
+    step.optimizer.zero_grad()  # of what is there already, the profiler does not see that it goes
     moments = [value for fields in step.optimizer.state.values() for value in fields.values()]
     averages = [] if step.ema is None else step.ema.tensors().values()
-    own = [*step.module.parameters(), *step.module.buffers(), *grads, *moments, *averages]
+    own = [*step.module.parameters(), *step.module.buffers(), *moments, *averages]
     return _bytes([*own, *step.batch.values(), *step.draw.values()]) + _peak_of(step), block.bytes.total
 
 
@@ -92,16 +92,18 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", type=Path, nargs="+")
+    recipes = sorted((Path(__file__).parents[1] / "configs/demo").glob("*.yaml"))
+    parser.add_argument("configs", type=Path, nargs="*", default=recipes, help="default: the recipes in configs/demo")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 3, 6])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     rows: list[dict[str, Any]] = []
-    print("| family | recompute | B | peak, MB | planned / peak | share | rest | bound | holds |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    if not arguments.json:
+        print("| family | recompute | B | peak, MB | planned / peak | share | rest | bound | holds |")
+        print("|---|---|---|---|---|---|---|---|---|")
     for path in arguments.configs:
         for recompute in (False, True):
             overrides = [
@@ -122,11 +124,11 @@ def main() -> None:
                 bound = 1 / count + rest + MARGIN
                 figures = {"peak": peak, "planned": planned, "share": peak / whole, "bound": bound}
                 rows.append(row | {"blocks": count} | figures)
-            for row in (row for row in rows if (row["family"], row["recompute"]) == (config.model.family, recompute)):
-                print(_line(row), flush=True)
-    if arguments.json is not None:
-        about = {"torch": torch.__version__, "device": str(device)}
-        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=2))
+            if not arguments.json:
+                done = (config.model.family, recompute)
+                print(*(_line(row) for row in rows if (row["family"], row["recompute"]) == done), sep="\n", flush=True)
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ class Bytes(_Record):
     buffers: int
     """Frozen tensors, such as the codebook."""
     gradients: int
+    """Those that are there by then: most are made when the activations they come from are gone. With
+    `training.accumulate`, or replicas, all of them."""
     optimiser: int
     ema: int
     activations: int

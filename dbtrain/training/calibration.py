@@ -93,7 +93,7 @@ class Step:
         """Take a step."""
         training, optimiser = self.config.training, self.config.optimiser
         self.module.draw(self.rows, self._source)  # for the time it takes
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         size = self.rows // training.accumulate
         for first in range(0, self.rows, size):
             part, drawn = (rows_of(tensors, slice(first, first + size)) for tensors in (self.batch, self.draw))

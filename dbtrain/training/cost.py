@@ -64,17 +64,18 @@ def cost_of(
     # A micro-batch is rows of a whole one. Replicas draw for the batch of all of them, and copy their share.
     copies = 1 if resources.replicas == 1 else resources.replicas + 1
     inputs = training.accumulate * (_bytes(batch.values()) + copies * _bytes(draw.values()))
-    saved, alive = _step_bytes(config, module, others, batch, _to_meta(draw))
+    saved, gradients, alive = _step_bytes(config, module, others, batch, _to_meta(draw))
+    gradients = weights if _gradients_stay(config) else gradients
     return Cost(
         parameters=sum(p.numel() for p in parameters),
         bytes=Bytes(
             parameters=weights,
             buffers=_bytes(frozen),
-            gradients=weights,
+            gradients=gradients,
             optimiser=state_bytes(config.optimiser, [_part_bytes(p, ways) for p in parameters], parameters),
             ema=weights if config.ema.half_life > 0 else 0,
             activations=saved,
-            temporary=inputs + alive - saved,
+            temporary=inputs + alive - saved - (0 if _gradients_stay(config) else gradients),
             gathered=_gathered_bytes(module) if resources.shard else 0,
         ),
         flops_per_sample=int(counter.get_total_flops()) // rows,
@@ -101,10 +102,10 @@ def _gathered_bytes(module: TrainableModule) -> int:
 
 def _step_bytes(
     config: RunConfig, module: TrainableModule, others: Sequence[TrainableModule], batch: Batch, draw: Draw
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Of forward and backward, all on the meta device before: bytes of the distinct storages that autograd keeps in
-    between, and the most bytes alive at once. The modules' own tensors and their gradients are in neither, batch and
-    draw not in the second.
+    between; the gradients that are there when most is; and the most bytes alive at once. The modules' own tensors are
+    in none of them, batch and draw not in the last, and gradients that stay from step to step in neither of the others.
 
     The optimiser works in place (AdamW) or tensor by tensor (Adafactor), when no activation is alive any more.
     """
@@ -121,13 +122,18 @@ def _step_bytes(
     with FakeTensorMode(allow_non_fake_inputs=True):
         held = list(_tensors(*(one.to_empty(device="cpu") for one in (module, *others))))
         own = {tensor.untyped_storage()._cdata for tensor in held}
-        for parameter in module.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-            held.append(parameter.grad)
+        if _gradients_stay(config):
+            for parameter in module.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+                held.append(parameter.grad)
         batch, draw = (
             {name: torch.empty_like(value, device="cpu") for name, value in part.items()} for part in (batch, draw)
         )
-        with LiveBytes([*held, *batch.values(), *draw.values()]) as live:
+
+        def gradients() -> int:
+            return _bytes(p.grad for p in module.parameters() if p.grad is not None)
+
+        with LiveBytes([*held, *batch.values(), *draw.values()], part=gradients) as live:
             with (
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
                 torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bfloat16"),
@@ -136,7 +142,13 @@ def _step_bytes(
             kept = sum(storage.nbytes() for storage in saved.values())
             saved.clear()
             loss.backward()  # type: ignore[no-untyped-call]
-    return kept, live.peak
+    # A peak on the way back may stand where some activations are gone: together they are never counted as more.
+    return kept, min(live.part_at_peak, live.peak - kept), live.peak
+
+
+def _gradients_stay(config: RunConfig) -> bool:
+    """Whether they are there when a backward pass begins: those of the parts before, or buckets that replicas share."""
+    return config.training.accumulate > 1 or config.resources.replicas > 1
 
 
 def _to_meta(draw: Draw) -> Draw:

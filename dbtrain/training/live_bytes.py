@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     It works on fake tensors as on real ones. What a kernel allocates and frees inside is not seen.
     """
 
-    def __init__(self, apart: Iterable[Tensor] = ()):
-        """`apart` are tensors that are not counted, when an operation returns them changed or as views."""
+    def __init__(self, apart: Iterable[Tensor] = (), part: Callable[[], int] = lambda: 0):
+        """`apart` are tensors that are not counted, when an operation returns them changed or as views; `part` is asked
+        for bytes of interest at the moment of the peak, which `part_at_peak` remembers."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self.now = 0
+        self.peak = self.now = self.part_at_peak = 0
+        self._part = part
         self._apart = [tensor.untyped_storage() for tensor in apart]  # held: an address may be used again
         self._known = {storage._cdata: 0 for storage in self._apart}
 
@@ -38,7 +40,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._known[key] = size
         self.now += size
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.peak, self.part_at_peak = self.now, self._part()
         weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:

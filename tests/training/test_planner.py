@@ -86,7 +86,7 @@ def test_planned_bytes_are_a_workers_bytes(
         assert block.parameters == sum(p.numel() for p in parameters)
         assert block.bytes.parameters == _bytes(parameters)
         assert block.bytes.buffers == _bytes(list(trainer.module.buffers()))
-        assert block.bytes.gradients == _bytes([p.grad for p in parameters if p.grad is not None])
+        assert block.bytes.gradients < _bytes([p.grad for p in parameters if p.grad is not None])  # see test_peak.py
         assert block.bytes.optimiser == _bytes(state)
         assert block.bytes.ema == (0 if trainer.ema is None else _bytes(list(trainer.ema.tensors().values())))
 
@@ -218,10 +218,11 @@ def test_planned_bytes_of_a_replica(small_config: SmallConfig, tmp_path: Path, s
     if not shard:
         assert held[1] == held[0]
         of_the_batch = {"activations": planned.activations, "temporary": planned.temporary}
-        assert planned == alone.model_copy(update=of_the_batch)
+        # Replicas keep gradients from step to step, in buckets.
+        assert planned == alone.model_copy(update={**of_the_batch, "gradients": alone.parameters})
         return
     # The parts together are the whole; step counters and buffers are on both.
     for name in ("parameters", "gradients", "ema"):
-        assert held[0][name] + held[1][name] == getattr(alone, name)
-        assert held[1][name] <= held[0][name] < getattr(alone, name)
+        assert held[0][name] + held[1][name] == alone.parameters
+        assert held[1][name] <= held[0][name] < alone.parameters
     assert alone.gathered == 0 < planned.gathered <= 3 * alone.parameters
