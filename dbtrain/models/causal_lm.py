@@ -142,6 +142,7 @@ class CausalLMBlock(TokenModel):
             for index, layer in enumerate(self._layers(), start=self._first(cache)):
                 x = layer.read(x, rotation, cache, index, where)
             cache.advance(waiting, where)
+            cache.unread = None  # also if there is no place for those that come now
         cache.unread = tokens_nt, cache.place(tokens_nt, counts_n)
 
     def denoise(self, cache: KVCache, z_nd: Tensor, sigma_n: Tensor) -> Tensor:

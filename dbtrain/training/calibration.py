@@ -22,7 +22,7 @@ from dbtrain.randomness import generator
 from dbtrain.training.device import prepare_device
 from dbtrain.training.ema import EMA
 from dbtrain.training.memory import is_out_of_memory, oom_advice
-from dbtrain.training.optimisation import make_optimizer
+from dbtrain.training.optimisation import gradient_norm, make_optimizer
 from dbtrain.training.planner import build_module
 from dbtrain.training.team import rows_of
 
@@ -73,6 +73,7 @@ class Step:
         if config.training.compile:
             self.module.compile()
         self.optimizer = make_optimizer(self.module, config.optimiser)
+        self._parameters = list(self.module.parameters())
         self.ema = EMA(self.module, config.ema) if config.ema.half_life > 0 else None
         self.rows = config.training.batch_size // config.resources.replicas
         with device:
@@ -93,16 +94,16 @@ class Step:
         """Take a step."""
         training, optimiser = self.config.training, self.config.optimiser
         self.module.draw(self.rows, self._source)  # for the time it takes
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.config.resources.replicas == 1)
         size = self.rows // training.accumulate
         for first in range(0, self.rows, size):
             part, drawn = (rows_of(tensors, slice(first, first + size)) for tensors in (self.batch, self.draw))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
                 loss = self.module.training_loss(walk_to(self._before, part, drawn), drawn) / training.accumulate
             loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        norm = gradient_norm([p.grad for p in self._parameters if p.grad is not None])
         if optimiser.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), optimiser.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, optimiser.clip_norm, norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(training.batch_size, training.batch_size)

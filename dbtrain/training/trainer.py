@@ -239,7 +239,8 @@ class BlockTrainer:
         rate = learning_rate(self.step, self.plan.steps, config.optimiser.lr, self._schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
+        # Taken over instead of added to; but those of replicas are DDP's buckets, beside which others would take room.
+        self.optimizer.zero_grad(set_to_none=self.seat.replicas == 1)
         self._backward(batch, self._team.share(draw))
         grad_norm = self._team.whole(gradient_norm([p.grad for p in self._parameters if p.grad is not None]))
         if config.optimiser.clip_norm is not None:

@@ -116,6 +116,8 @@ def test_what_was_read_waits_until_it_is_asked_for(variant: dict[str, object]) -
         torch.testing.assert_close(block.denoise(cache, z[:, 6], sigma[:, 6]), expected[:, 6], atol=1e-5, rtol=0)
         assert not torch.allclose(other, expected[:, 6])
     block.read(cache, tokens[:, 6:7])
+    with pytest.raises(ValueError, match="do not fit"):
+        block.read(cache, tokens)
     torch.testing.assert_close(block.denoise(cache, z[:, 7], sigma[:, 7]), expected[:, 7], atol=1e-5, rtol=0)
 
 

@@ -35,13 +35,21 @@ def main(run: str, attempt: int, seat: Seat, stop_at: int, poisoned: tuple[int, 
 def measure(run: str, seat: Seat, told: Connection) -> None:
     """Train block 0 and send the bytes of what this replica holds, by the names of a plan's `Bytes`."""
     trainer = BlockTrainer(RunDirectory.open(run), 0, 1, seat)
+    parameters = list(trainer.module.parameters())
+    staying: list[list[Tensor]] = []
+    loss = trainer._team.loss
+
+    def noting(batch: Any, draw: Any) -> Tensor:
+        staying.append([p.grad for p in parameters if p.grad is not None])
+        return loss(batch, draw)
+
+    trainer._team.loss = noting  # type: ignore[method-assign]
     for _ in trainer.train():
         pass
-    parameters = list(trainer.module.parameters())
     held: dict[str, list[Tensor]] = {
         "parameters": [p.detach() for p in parameters],
         "buffers": list(trainer.module.buffers()),
-        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "gradients": staying[-1],  # before the last backward pass: the buckets of DDP, and no others beside them
         "optimiser": [value for fields in trainer.optimizer.state.values() for value in fields.values()],
         "ema": [] if trainer.ema is None else list(trainer.ema.tensors().values()),
     }
