@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def measure(config: RunConfig, kind: Kind, device: torch.device, *, layers: bool
     moments = [value for fields in step.optimizer.state.values() for value in fields.values()]
     averages = [] if step.ema is None else step.ema.tensors().values()
     own = [*step.module.parameters(), *step.module.buffers(), *moments, *averages]
-    return _bytes([*own, *step.batch.values(), *step.draw.values()]) + _peak_of(step), block.bytes.total
+    return _bytes([*own, *step.batch.values(), *step.draw.values()]) + peak_of(step), block.bytes.total
 
 
 def _take_out_layers(step: Step) -> None:
@@ -69,10 +69,10 @@ def _take_out_layers(step: Step) -> None:
     step.ema = None if step.ema is None else EMA(step.module, step.config.ema)
 
 
-def _peak_of(step: Step) -> int:
-    """Most bytes allocated on the CPU and not yet released, of what the step allocates."""
+def peak_of(work: Callable[[], object]) -> int:
+    """Most bytes allocated on the CPU and not yet released, of what a call allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
+        work()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

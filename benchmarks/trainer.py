@@ -8,8 +8,8 @@ plain generator for the noise, and batches that lie in memory. Both are in this 
 interval each; which one begins changes from pair to pair.
 
 * ratio: the median over the pairs of the loop's time over the trainer's; ratio_all: that of the sums, in which the
-  recipe's checkpoints take part; ratio_cpu: the median ratio of processor time, in which the threads that prefetch and
-  write count, and other programs on the machine do not;
+  recipe's checkpoints take part; ratio_cpu: the median ratio of processor time, in which the thread that
+  writes counts, and other programs on the machine do not;
 * stall: time that the trainer's loop spends on a checkpoint, median; the writing is in the background.
 """
 

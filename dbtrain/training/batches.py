@@ -9,7 +9,6 @@ from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import BatchLoader
 from dbtrain.data.node_cache import local_shards
 from dbtrain.data.order import SampleOrder
-from dbtrain.data.prefetch import PrefetchingLoader
 from dbtrain.data.shards import ShardSet
 from dbtrain.errors import UserError
 from dbtrain.models import family_of
@@ -18,7 +17,7 @@ from dbtrain.randomness import derive_key
 from dbtrain.training.seat import Seat
 
 
-def open_batches(config: RunConfig, plan: Plan, index: int, seat: Seat, device: torch.device) -> PrefetchingLoader:
+def open_batches(config: RunConfig, plan: Plan, index: int, seat: Seat, device: torch.device) -> BatchLoader:
     """Those of block `index`, or of its replica in `seat`, in the block's own order and with its own distortions.
 
     Raises:
@@ -37,4 +36,4 @@ def open_batches(config: RunConfig, plan: Plan, index: int, seat: Seat, device: 
     scaling = family_of(config).scaling(config, plan.data)
     transform = make_transform(config, plan.data, scaling, derive_key(config.seed, "augment", index))
     order = SampleOrder(shards.rows, config.seed, index, seat.replica, seat.replicas)
-    return PrefetchingLoader(BatchLoader(shards, order, transform, plan.batch_size, device))
+    return BatchLoader(shards, order, transform, plan.batch_size, device)

@@ -64,18 +64,17 @@ def cost_of(
     # A micro-batch is rows of a whole one. Replicas draw for the batch of all of them, and copy their share.
     copies = 1 if resources.replicas == 1 else resources.replicas + 1
     inputs = training.accumulate * (_bytes(batch.values()) + copies * _bytes(draw.values()))
-    saved, gradients, alive = _step_bytes(config, module, others, batch, _to_meta(draw))
-    gradients = weights if _gradients_stay(config) else gradients
+    saved, made, alive = _step_bytes(config, module, others, batch, _to_meta(draw))
     return Cost(
         parameters=sum(p.numel() for p in parameters),
         bytes=Bytes(
             parameters=weights,
             buffers=_bytes(frozen),
-            gradients=gradients,
+            gradients=weights if _gradients_stay(config) else made,
             optimiser=state_bytes(config.optimiser, [_part_bytes(p, ways) for p in parameters], parameters),
             ema=weights if config.ema.half_life > 0 else 0,
             activations=saved,
-            temporary=inputs + alive - saved - (0 if _gradients_stay(config) else gradients),
+            temporary=inputs + alive - saved - made,
             gathered=_gathered_bytes(module) if resources.shard else 0,
         ),
         flops_per_sample=int(counter.get_total_flops()) // rows,
@@ -104,8 +103,8 @@ def _step_bytes(
     config: RunConfig, module: TrainableModule, others: Sequence[TrainableModule], batch: Batch, draw: Draw
 ) -> tuple[int, int, int]:
     """Of forward and backward, all on the meta device before: bytes of the distinct storages that autograd keeps in
-    between; the gradients that are there when most is; and the most bytes alive at once. The modules' own tensors are
-    in none of them, batch and draw not in the last, and gradients that stay from step to step in neither of the others.
+    between; the gradients that have been made when most is alive; and the most bytes alive at once. The modules' own
+    tensors and gradients that stay from step to step are in none of them, batch and draw not in the last.
 
     The optimiser works in place (AdamW) or tensor by tensor (Adafactor), when no activation is alive any more.
     """
@@ -122,18 +121,19 @@ def _step_bytes(
     with FakeTensorMode(allow_non_fake_inputs=True):
         held = list(_tensors(*(one.to_empty(device="cpu") for one in (module, *others))))
         own = {tensor.untyped_storage()._cdata for tensor in held}
+        staying = []
         if _gradients_stay(config):
             for parameter in module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-                held.append(parameter.grad)
+                staying.append(parameter.grad)
         batch, draw = (
             {name: torch.empty_like(value, device="cpu") for name, value in part.items()} for part in (batch, draw)
         )
 
-        def gradients() -> int:
-            return _bytes(p.grad for p in module.parameters() if p.grad is not None)
+        def made() -> int:
+            return _bytes(p.grad for p in module.parameters() if p.grad is not None) - _bytes(staying)
 
-        with LiveBytes([*held, *batch.values(), *draw.values()], part=gradients) as live:
+        with LiveBytes([*held, *staying, *batch.values(), *draw.values()], part=made) as live:
             with (
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
                 torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bfloat16"),

@@ -196,7 +196,6 @@ class BlockTrainer:
         That the block belongs to a newer attempt is nothing wrong here.
         """
         self._room.give_up()
-        self._loader.close()
         with suppress(StaleAttempt):
             self._store.close()
 
@@ -261,17 +260,12 @@ class BlockTrainer:
         key = step_key(self.config.seed, "dropout", block=self.index, step=self._cursor, replica=self.seat.replica)
         with seeded(key, self.device):
             for part in range(parts):
-                met, drawn = batch, draw
-                if parts > 1:
-                    rows = slice(part * size, (part + 1) * size)
-                    met, drawn = rows_of(batch, rows), rows_of(draw, rows)
+                rows = slice(part * size, (part + 1) * size)
                 with self._team.part(last=part == parts - 1):
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                        met, drawn = rows_of(batch, rows), rows_of(draw, rows)
                         met = met if self._relay is None else self._relay.walk(met, drawn)
-                        loss = self._team.loss(met, drawn)
-                        loss = loss if parts == 1 else loss / parts
-                    if part == 0:
-                        self._loader.prefetch(self._cursor + 1)
+                        loss = self._team.loss(met, drawn) / parts
                     loss.backward()  # type: ignore[no-untyped-call]
                 self._loss_sum += loss.detach()
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from memory import peak_of
 from small_families import MODELS
 from small_runs import start_run
-from torch.profiler import ProfilerActivity, profile
 
 from dbtrain.config import RunConfig
 from dbtrain.plan import Kind
@@ -23,18 +23,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16 in parts": {"training": {"precision": "bfloat16", "accumulate": 2}},
     "adafactor": {"optimiser": {"kind": "adafactor"}},
 }
-
-
-def peak_of_a_step(trainer: BlockTrainer) -> int:
-    """Most bytes that are allocated and not yet freed since the step began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        trainer._train_step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 @pytest.mark.parametrize(
@@ -56,7 +44,7 @@ def test_planned_peak_is_a_steps_peak(
     trainer = BlockTrainer(run, 0, attempt=1)
     trainer._train_step()  # makes the optimiser's state
     trainer.optimizer.zero_grad()  # of what is there already, the profiler does not see that it goes
-    peak = peak_of_a_step(trainer)
+    peak = peak_of(trainer._train_step)
     trainer.close()
     predicted = size.gradients + size.activations + size.temporary
     # Beside it stand states of the random generator: one that the step puts back, one a layer that is recomputed.

@@ -14,7 +14,7 @@ from small_runs import newest_files, start_run
 from torch import Tensor
 
 from dbtrain.config import RunConfig
-from dbtrain.data.prefetch import PrefetchingLoader
+from dbtrain.data.loader import BatchLoader
 from dbtrain.run_directory import BlockDirectory, RunDirectory, StaleAttempt
 from dbtrain.training.checkpoint import CheckpointStore, checkpoint_steps, read_state, read_weights
 from dbtrain.training.progress import Progress
@@ -31,7 +31,7 @@ class _Killed(Exception):
 class _BadLoader:
     """Has a NaN in the batches at some places of the order of samples."""
 
-    def __init__(self, loader: PrefetchingLoader, bad: Container[int]):
+    def __init__(self, loader: BatchLoader, bad: Container[int]):
         self._loader, self._bad = loader, bad
         self.asked: list[int] = []
 
@@ -41,12 +41,6 @@ class _BadLoader:
         if cursor in self._bad:
             batch["image"][3] = float("nan")
         return batch
-
-    def prefetch(self, cursor: int) -> None:
-        """Batches are made when they are asked for."""
-
-    def close(self) -> None:
-        self._loader.close()
 
 
 class _Disturbed(BlockTrainer):
