@@ -52,12 +52,23 @@ def run(name: str) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """Markdown: what is a single figure in one table of two columns, and each list of rows in a table of its own."""
-    single = {name: value for name, value in figures.items() if not _is_rows(value)}
+    single = _flat({name: value for name, value in figures.items() if not _is_rows(value)})
     tables = [_markdown(["figure", "value"], [[name, value] for name, value in single.items()])] if single else []
-    for rows in (value for value in figures.values() if _is_rows(value)):
+    for rows in ([_flat(row) for row in value] for value in figures.values() if _is_rows(value)):
         heads = list(dict.fromkeys(head for row in rows for head in row))
         tables.append(_markdown(heads, [[row.get(head, "") for head in heads] for row in rows]))
     return "\n\n".join(tables)
+
+
+def _flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures within figures by both names."""
+    found: dict[str, Any] = {}
+    for name, value in figures.items():
+        inner = (
+            {f"{name}: {key}": one for key, one in _flat(value).items()} if isinstance(value, dict) else {name: value}
+        )
+        found |= inner
+    return found
 
 
 def _is_rows(value: object) -> bool:
@@ -74,7 +85,7 @@ def _cell(value: object) -> str:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return str(value)
 
 
 def about() -> dict[str, Any]:

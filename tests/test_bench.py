@@ -15,7 +15,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three benchmarks, of which the second fails; where their figures are to be written."""
     (tmp_path / "good.py").write_text('import sys; print(\'{"rate": 1234.5678, "arguments": %d}\' % len(sys.argv))')
     (tmp_path / "bad.py").write_text("raise SystemExit(3)")
-    rows = [{"family": "vit", "ms": 0.123456}, {"family": "dit", "more": True}]
+    rows = [{"family": "vit", "ms": 0.123456}, {"family": "dit", "more": {"a": {"b": True}}}]
     (tmp_path / "rows.py").write_text(f"print({json.dumps({'rows': rows})!r})")
     monkeypatch.setattr(bench, "HERE", tmp_path)
     monkeypatch.setattr(bench, "BENCHMARKS", {"good": ["--fast"], "bad": [], "rows": []})
@@ -39,7 +39,7 @@ def test_one_that_fails_keeps_no_other_from_being_run(
     assert "machine" not in found["good"]["about"]
     printed = capsys.readouterr().out
     assert "| rate | 1235 |" in printed
-    assert "| family | ms | more |\n| --- | --- | --- |\n| vit | 0.1235 |  |\n| dit |  | True |" in printed
+    assert "| family | ms | more: a: b |\n| --- | --- | --- |\n| vit | 0.1235 |  |\n| dit |  | True |" in printed
     assert "failed: bad" in printed
 
 
