@@ -1,7 +1,10 @@
 """Llama-style language models: the denoising block, and the end-to-end network on the same layers.
 
 A block sees the clean tokens before position i and a noisy code z = y + sigma * eps of token x_i (y a row of the frozen
-codebook) and predicts x_i. `dbtrain.models.llama` says how the clean and the noisy stream go through one layer.
+codebook) and predicts x_i. Its layers read the clean tokens alone, and the code joins what they made of them in front
+of the head: given x_i, its code says nothing more of the text, so p(x_i | text, z, sigma) is p(x_i | text) times what z
+says, and layers need not know z (docs/lab-notes.md, 2026-11-29). With `model.noisy_layers` the code goes through the
+last layers, too, as in Shing, Koyama, Akiba 2026; `dbtrain.models.llama` says how two streams go through one layer.
 """
 
 from __future__ import annotations
@@ -16,8 +19,18 @@ from dbtrain.diffusion.noise import NoiseDistribution
 from dbtrain.diffusion.precondition import c_in, c_noise, weights
 from dbtrain.model_config import CausalLMConfig, LlamaConfig
 from dbtrain.models.family import Batch, Draw, Family, TrainableModule, register
-from dbtrain.models.layers import NoiseEmbedding, apply_layers, initialise, modulate
-from dbtrain.models.llama import Appended, KVCache, LlamaLayer, RMSNorm, Rotary, Streams, noisy_mask
+from dbtrain.models.layers import NoiseEmbedding, apply_layers, initialise, layers_of, modulate
+from dbtrain.models.llama import (
+    Appended,
+    ContextCache,
+    KVCache,
+    LlamaLayer,
+    RMSNorm,
+    Rotary,
+    Streams,
+    noisy_mask,
+    read_layers,
+)
 from dbtrain.models.pretrained import Checkpoint, codebook_of_checkpoint, start_from_checkpoint
 from dbtrain.models.token_loss import chunked_cross_entropy, needs_chunks
 from dbtrain.plan import NoiseRange
@@ -54,9 +67,16 @@ class CausalLMBlock(TokenModel):
     codebook: Tensor
 
     def __init__(
-        self, config: RunConfig, num_layers: int, trained: NoiseRange, codebook: Tensor, clean_loss: float = 0.0
+        self,
+        config: RunConfig,
+        num_layers: int,
+        trained: NoiseRange,
+        codebook: Tensor,
+        clean_loss: float = 0.0,
+        noisy_layers: int | None = None,
     ):
-        """`trained` is the range of noise levels the loss draws from; `codebook` (vocabulary, width) is frozen."""
+        """`trained` is the range of noise levels the loss draws from; `codebook` (vocabulary, width) is frozen; the
+        noisy tokens go through the last `noisy_layers` layers, or all of them."""
         model = config.model
         assert isinstance(model, LlamaConfig)
         super().__init__(model)
@@ -65,7 +85,10 @@ class CausalLMBlock(TokenModel):
         self.distribution = NoiseDistribution.from_config(config.noise)
         self.code_stem = nn.Linear(codebook.shape[1], model.width)
         self.noise_embedding = NoiseEmbedding(CONDITION)
-        self.layers = nn.ModuleList(LlamaLayer(model, condition=CONDITION) for _ in range(num_layers))
+        clean_layers = 0 if noisy_layers is None else max(0, num_layers - noisy_layers)
+        self.layers = nn.ModuleList(
+            LlamaLayer(model, condition=None if index < clean_layers else CONDITION) for index in range(num_layers)
+        )
         self.norm_modulation = nn.Linear(CONDITION, 2 * model.width)
         self.register_buffer("codebook", codebook, persistent=False)
         initialise_tokens(self)
@@ -86,14 +109,13 @@ class CausalLMBlock(TokenModel):
         """
         inputs = self.shifted(tokens_nl)
         condition, embedded = self._condition(sigma_nl), self.embed_tokens(inputs)
-        length = inputs.shape[1]
-        rotation = self.rotary(slice(0, length + 1))
-        rest = (condition, rotation, noisy_mask(length, embedded))
-        entering, before = self._enter(embedded, rotation[:, :-1])
-        x = (entering, self._noisy_tokens(before, z_nld, sigma_nl))
-        streams = [layer.two_streams for layer in self._layers()]
-        x = apply_layers(streams[:-1], x, *rest, recompute=self.recompute)
-        x_clean, x_noisy = apply_layers(streams[-1:], x, *rest, clean, recompute=self.recompute)
+        rotation = self.rotary(slice(0, inputs.shape[1] + 1))
+        x_clean, before = self._enter(embedded, rotation[:, :-1])
+        x_noisy = self._noisy_tokens(before, z_nld, sigma_nl)
+        if streams := [layer.two_streams for layer in self._noisy_layers()]:
+            x, rest = (x_clean, x_noisy), (condition, rotation, noisy_mask(inputs.shape[1], embedded))
+            x = apply_layers(streams[:-1], x, *rest, recompute=self.recompute)
+            x_clean, x_noisy = apply_layers(streams[-1:], x, *rest, clean, recompute=self.recompute)
         normed = self._norm_noisy(x_noisy, condition)
         if clean:
             normed = torch.cat([normed, self.norm(x_clean)], dim=1)
@@ -124,14 +146,14 @@ class CausalLMBlock(TokenModel):
             losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         return (factors.flatten() * losses).sum() / sigma.numel()
 
-    def start_cache(self, batch_size: int) -> KVCache:
+    def start_cache(self, batch_size: int) -> ContextCache:
         """A cache for rows of up to `length` tokens, which has read the begin token."""
-        cache = KVCache(self.model, len(self.layers), batch_size, self.embed_tokens.weight)
+        cache = ContextCache(self.model, len(layers_of(self)), batch_size, self.embed_tokens.weight)
         begin = torch.full((batch_size, 1), self.model.begin, device=self.embed_tokens.weight.device)
         self.read(cache, begin)
         return cache
 
-    def read(self, cache: KVCache, tokens_nt: Tensor, counts_n: Tensor | None = None) -> None:
+    def read(self, cache: ContextCache, tokens_nt: Tensor, counts_n: Tensor | None = None) -> None:
         """Append clean tokens to the cache: of row n the first counts_n[n], or all where that is not given.
 
         They wait there for the next `denoise`, which takes them through the weights together with the noisy tokens.
@@ -139,54 +161,59 @@ class CausalLMBlock(TokenModel):
         if cache.unread is not None:
             waiting, where = cache.unread
             x, rotation = self._reading(cache, waiting, where), self.rotary(where.positions)
-            for index, layer in enumerate(self._layers(), start=self._first(cache)):
-                x = layer.read(x, rotation, cache, index, where)
-            cache.advance(waiting, where)
+            read_layers(self._noisy_layers(), x, rotation, cache, self._first(cache), where)
+            cache.advance(where)
             cache.unread = None  # also if there is no place for those that come now
         cache.unread = tokens_nt, cache.place(tokens_nt, counts_n)
 
-    def denoise(self, cache: KVCache, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
+    def denoise(self, cache: ContextCache, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
         """Logits (N, V) of each row's next token, given its noisy code at noise level sigma (N,)."""
-        condition, first = self._condition(sigma_n[:, None]), self._first(cache)
         clean, unread = None, cache.unread
         if unread is not None:
             clean = self._reading(cache, *unread)
-            cache.advance(*unread)
+            cache.advance(unread[1])
             cache.unread = None
-        x = self._noisy_tokens(self._before(cache), z_nd[:, None], sigma_n[:, None])
-        rotation, mask = self.rotary(cache.lengths[:, None]), cache.noisy_mask()
-        if clean is None or unread is None:
-            for index, layer in enumerate(self._layers(), start=first):
-                x = layer.denoise(x, condition, rotation, cache, index, mask)
-        else:
-            where = unread[1]
-            x = torch.cat([clean, x], dim=1)
-            rotation = torch.cat([self.rotary(where.positions), rotation], dim=2)
-            mask = torch.cat([F.pad(where.mask, (0, 1)), mask], dim=2)
-            for index, layer in enumerate(self._layers(), start=first):
-                x = layer.read_and_denoise(x, condition, rotation, cache, index, where, mask)
-        return self.head(self._norm_noisy(x[:, -1:], condition))[:, 0]
+        condition = self._condition(sigma_n[:, None])
+        x = self._noisy_tokens(cache.context[:, None], z_nd[:, None], sigma_n[:, None])
+        if self._noisy_layers():
+            x = self._over_cache(cache, x, condition, clean, None if unread is None else unread[1])
+        return self.head(self._norm_noisy(x, condition))[:, 0]
+
+    def _over_cache(
+        self, cache: KVCache, x_n1d: Tensor, condition: Tensor, clean: Tensor | None, where: Appended | None
+    ) -> Tensor:
+        """The noisy tokens (N, 1, width) behind the layers with two streams, and with them clean ones that still have
+        to be read, (N, T, width), if there are any."""
+        rotation, mask, first = self.rotary(cache.lengths[:, None]), cache.noisy_mask(), self._first(cache)
+        if clean is None or where is None:
+            for index, layer in enumerate(self._noisy_layers(), start=first):
+                x_n1d = layer.denoise(x_n1d, condition, rotation, cache, index, mask)
+            return x_n1d
+        x = torch.cat([clean, x_n1d], dim=1)
+        rotation = torch.cat([self.rotary(where.positions), rotation], dim=2)
+        mask = torch.cat([F.pad(where.mask, (0, 1)), mask], dim=2)
+        for index, layer in enumerate(self._noisy_layers(), start=first):
+            x = layer.read_and_denoise(x, condition, rotation, cache, index, where, mask)
+        return x[:, -1:]
 
     def _first(self, cache: KVCache) -> int:
         """What number the cache has for the first of the layers with two streams."""
-        return len(cache.keys) - len(self.layers)
+        return len(cache.keys) - len(self._noisy_layers())
 
-    def _reading(self, cache: KVCache, tokens_nt: Tensor, where: Appended) -> Tensor:
-        """Tokens to be read as they enter these layers, (N, T, width)."""
-        embedded: Tensor = self.embed_tokens(tokens_nt)
-        return embedded
+    def _reading(self, cache: ContextCache, tokens_nt: Tensor, where: Appended) -> Tensor:
+        """Tokens to be read as they enter the layers with two streams, (N, T, width)."""
+        embedded, rotation = self.embed_tokens(tokens_nt), self.rotary(where.positions)
+        x = read_layers(self._clean_layers(), embedded, rotation, cache, 0, where)
+        cache.remember(x, where)
+        return x
 
     def _enter(self, embedded_nld: Tensor, rotation: Tensor) -> Streams:
-        """The clean tokens as they enter the layers, and those that noisy tokens start from: what was embedded."""
-        return embedded_nld, embedded_nld
-
-    def _before(self, cache: KVCache) -> Tensor:
-        """The second of these for the newest token of each row, (N, 1, width)."""
-        newest: Tensor = self.embed_tokens(cache.last[:, None])
-        return newest
+        """The clean tokens as they enter the layers with two streams, and what noisy tokens start from: the same."""
+        x = apply_layers(self._clean_layers(), embedded_nld, rotation, recompute=self.recompute)
+        return x, x
 
     def _noisy_tokens(self, previous_nld: Tensor, z_nld: Tensor, sigma_nl: Tensor) -> Tensor:
-        """A noisy token starts as the token before it, which every target may know, plus its code."""
+        """A noisy token starts as what was made of the token before it, which every target may know, plus its code."""
         code: Tensor = self.code_stem(c_in(sigma_nl, self.noise.sigma_data)[..., None] * z_nld)
         return previous_nld + code
 
@@ -198,8 +225,11 @@ class CausalLMBlock(TokenModel):
         shift, scale = self.norm_modulation(condition_nlc).chunk(2, dim=-1)
         return modulate(self.norm(x_nld), shift, scale)
 
-    def _layers(self) -> list[LlamaLayer]:
-        return [layer for layer in self.layers if isinstance(layer, LlamaLayer)]
+    def _clean_layers(self) -> list[LlamaLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LlamaLayer) and layer.modulation is None]
+
+    def _noisy_layers(self) -> list[LlamaLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LlamaLayer) and layer.modulation is not None]
 
 
 class CausalLM(TokenModel):
@@ -239,10 +269,8 @@ class CausalLM(TokenModel):
         token read; a row that is given none has no answer, and what stands there means nothing."""
         where = cache.place(tokens_nt, counts_n)
         x, rotation = self.embed_tokens(tokens_nt), self.rotary(where.positions)
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, LlamaLayer)
-            x = layer.read(x, rotation, cache, index, where)
-        cache.advance(tokens_nt, where)
+        x = read_layers(self.layers, x, rotation, cache, 0, where)
+        cache.advance(where)
         rows = torch.arange(len(tokens_nt), device=x.device)
         return self.head(self.norm(x[rows, (where.counts - 1).clamp_min(0)]))
 
@@ -270,7 +298,8 @@ class CausalLMFamily(Family):
     ) -> CausalLMBlock:
         """A block of `layers[1] - layers[0]` layers."""
         assert codebook is not None
-        return CausalLMBlock(config, layers[1] - layers[0], trained, codebook, _model(config).clean_loss)
+        model = _model(config)
+        return CausalLMBlock(config, layers[1] - layers[0], trained, codebook, model.clean_loss, model.noisy_layers)
 
     def build_end_to_end(self, config: RunConfig) -> CausalLM:
         """The baseline."""

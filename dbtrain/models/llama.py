@@ -11,7 +11,7 @@ cached once for all noise levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -72,8 +72,6 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
         """Clean tokens read, by row."""
-        self.last = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
-        """The newest of them."""
         self.longest = 0
         """The greatest of `lengths`."""
         self.unread: tuple[Tensor, Appended] | None = None
@@ -121,12 +119,23 @@ class KVCache:
         self.values[layer, :, :, self.longest] = v_nh1k[:, :, 0]
         return self.keys[layer, :, :, : self.longest + 1], self.values[layer, :, :, : self.longest + 1]
 
-    def advance(self, tokens_nt: Tensor, where: Appended) -> None:
+    def advance(self, where: Appended) -> None:
         """Count the tokens in."""
-        newest = tokens_nt.gather(1, (where.counts - 1).clamp_min(0)[:, None])[:, 0]
-        self.last = torch.where(where.counts > 0, newest, self.last)
         self.lengths = self.lengths + where.counts
         self.longest = where.longest
+
+
+class ContextCache(KVCache):
+    """Keys and values, and the context of each row's newest token, where its next noisy token starts from."""
+
+    def __init__(self, model: LlamaConfig, layers: int, batch_size: int, like: Tensor):
+        super().__init__(model, layers, batch_size, like)
+        self.context = torch.zeros(batch_size, model.width, dtype=like.dtype, device=like.device)
+
+    def remember(self, e_ntd: Tensor, where: Appended) -> None:
+        """Keep the context of the newest tokens."""
+        newest = e_ntd[torch.arange(len(e_ntd), device=e_ntd.device), (where.counts - 1).clamp_min(0)]
+        self.context = torch.where(where.counts[:, None] > 0, newest, self.context)
 
 
 @dataclass(frozen=True)
@@ -319,6 +328,16 @@ class LlamaLayer(nn.Module):
         hidden = self.mlp(modulate(self.post_attention_layernorm(x_ntd), shift_m, scale_m))
         out: Tensor = x_ntd + (1 + gate_m) * self.dropout(hidden)
         return out
+
+
+def read_layers(
+    layers: Iterable[nn.Module], x_ntd: Tensor, rotation: Tensor, cache: KVCache, index: int, where: Appended
+) -> Tensor:
+    """Clean tokens through layers, of which the first has number `index` in the cache."""
+    for number, layer in enumerate(layers, start=index):
+        assert isinstance(layer, LlamaLayer)
+        x_ntd = layer.read(x_ntd, rotation, cache, number, where)
+    return x_ntd
 
 
 def _behind(k_clean: Tensor, v_clean: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

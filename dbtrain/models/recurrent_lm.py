@@ -26,7 +26,7 @@ from dbtrain.model_config import RecurrentLMConfig
 from dbtrain.models.causal_lm import CausalLMBlock, TokenModel, initialise_tokens
 from dbtrain.models.family import Batch, Draw, Family, Piece, register
 from dbtrain.models.layers import apply_layers, layers_of
-from dbtrain.models.llama import Appended, KVCache, LlamaLayer, RMSNorm, Streams
+from dbtrain.models.llama import Appended, ContextCache, KVCache, LlamaLayer, RMSNorm, Streams, read_layers
 from dbtrain.models.token_loss import chunked_cross_entropy, needs_chunks
 from dbtrain.plan import NoiseRange
 from dbtrain.randomness import derive_key, generator
@@ -63,19 +63,6 @@ class Context(nn.Module):
         return out
 
 
-class ContextCache(KVCache):
-    """Keys and values, and the context of each row's newest token, where its next noisy token starts from."""
-
-    def __init__(self, model: RecurrentLMConfig, batch_size: int, like: Tensor):
-        super().__init__(model, model.depth, batch_size, like)
-        self.context = torch.zeros(batch_size, model.width, dtype=like.dtype, device=like.device)
-
-    def remember(self, e_ntd: Tensor, where: Appended) -> None:
-        """Keep the context of the newest tokens."""
-        newest = e_ntd[torch.arange(len(e_ntd), device=e_ntd.device), (where.counts - 1).clamp_min(0)]
-        self.context = torch.where(where.counts[:, None] > 0, newest, self.context)
-
-
 class RecurrentLMBlock(CausalLMBlock):
     """A denoising block with all layers: `layers` has core and coda, through which the two streams go.
 
@@ -92,14 +79,7 @@ class RecurrentLMBlock(CausalLMBlock):
         self.prelude = Context(model)
         initialise_tokens(self.prelude)
 
-    def start_cache(self, batch_size: int) -> ContextCache:
-        """A cache for rows of up to `length` tokens, which has read the begin token."""
-        cache = ContextCache(self.recurrent, batch_size, self.embed_tokens.weight)
-        self.read(cache, torch.full((batch_size, 1), self.model.begin, device=self.embed_tokens.weight.device))
-        return cache
-
-    def _reading(self, cache: KVCache, tokens_nt: Tensor, where: Appended) -> Tensor:
-        assert isinstance(cache, ContextCache)
+    def _reading(self, cache: ContextCache, tokens_nt: Tensor, where: Appended) -> Tensor:
         e = self.prelude.read(self.embed_tokens(tokens_nt), self.rotary(where.positions), cache, where)
         cache.remember(e, where)
         return self.prelude.join(e, torch.zeros_like(e))
@@ -111,10 +91,6 @@ class RecurrentLMBlock(CausalLMBlock):
     def _noisy_tokens(self, previous_nld: Tensor, z_nld: Tensor, sigma_nl: Tensor) -> Tensor:
         code = self.code_stem(c_in(sigma_nl, self.noise.sigma_data)[..., None] * z_nld)
         return self.prelude.join(previous_nld, code)
-
-    def _before(self, cache: KVCache) -> Tensor:
-        assert isinstance(cache, ContextCache)
-        return cache.context[:, None]
 
 
 class IterationCache(KVCache):
@@ -233,7 +209,7 @@ class RecurrentLM(TokenModel):
             state = self.core_norm(read_layers(self.core, x, rotation, cache, index, where))
             index += model.core
         x = read_layers(self.coda, state, rotation, cache, index, where)
-        cache.advance(tokens_nt, where)
+        cache.advance(where)
         rows = torch.arange(len(tokens_nt), device=x.device)
         return self.head(self.norm(x[rows, (where.counts - 1).clamp_min(0)]))
 
@@ -289,16 +265,6 @@ class RecurrentLMFamily(Family):
     def example_batch(self, config: RunConfig, batch_size: int) -> Batch:
         """Rows of token 0."""
         return {"tokens": torch.zeros((batch_size, _model(config).length), dtype=torch.int64)}
-
-
-def read_layers(
-    layers: nn.ModuleList, x_ntd: Tensor, rotation: Tensor, cache: KVCache, index: int, where: Appended
-) -> Tensor:
-    """Clean tokens through layers, of which the first has number `index` in the cache."""
-    for number, layer in enumerate(layers, start=index):
-        assert isinstance(layer, LlamaLayer)
-        x_ntd = layer.read(x_ntd, rotation, cache, number, where)
-    return x_ntd
 
 
 def draw_iterations(mean: int, source: torch.Generator) -> int:

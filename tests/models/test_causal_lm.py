@@ -134,13 +134,15 @@ def test_a_training_step_learns_something() -> None:
         assert loss.item() < 0.4 * math.log(VOCAB)
 
 
-def test_end_to_end_stands_on_the_same_layers() -> None:
-    config = text_config()
+@pytest.mark.parametrize("noisy_layers", [None, 0])
+def test_end_to_end_stands_on_the_same_layers(noisy_layers: int | None) -> None:
+    config = text_config(model={"noisy_layers": noisy_layers})
     whole, block = causal_lm(config), causal_block(config)
     assert [type(layer) for layer in whole.layers] == [LlamaLayer] * config.model.depth
     ours, theirs = block.layers[0].state_dict(), whole.layers[0].state_dict()
     assert {name: ours[name].shape for name in theirs} == {name: value.shape for name, value in theirs.items()}
-    assert {name.partition(".")[0] for name in ours.keys() - theirs.keys()} == {"modulation"}
+    beside = {name.partition(".")[0] for name in ours.keys() - theirs.keys()}
+    assert beside == (set() if noisy_layers == 0 else {"modulation"})
     tokens = random_tokens()
     expected = F.cross_entropy(whole(tokens).flatten(0, 1), tokens.flatten())
     assert torch.equal(whole.training_loss({"tokens": tokens}, {}), expected)

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from dbtrain.models.causal_lm import CausalLM, CausalLMBlock
 
-VARIANTS = [{}, {"kv_heads": 2, "tie_head": True, "separator": 3}]
+VARIANTS: list[dict[str, object]] = [
+    {"noisy_layers": None},
+    {"noisy_layers": None, "kv_heads": 2, "tie_head": True, "separator": 3},
+    {"noisy_layers": 1, "kv_heads": 2},
+    {"noisy_layers": 0},
+]
 
 
 def _block(variant: dict[str, object]) -> CausalLMBlock:

@@ -8,7 +8,7 @@ from small_text import LENGTH, text_config
 from torch import Tensor
 
 from dbtrain.model_config import LlamaConfig
-from dbtrain.models.llama import KVCache, LlamaLayer, Rotary, noisy_mask
+from dbtrain.models.llama import ContextCache, KVCache, LlamaLayer, Rotary, noisy_mask
 
 WIDTH, CONDITION = 16, 8
 
@@ -133,7 +133,7 @@ def test_reading_in_pieces_of_any_length(kv_heads: int) -> None:
         ids = torch.zeros(3, max(counts), dtype=torch.int64)
         where = cache.place(ids, torch.tensor(counts))
         said = layer.read(piece, rotary(where.positions), cache, 0, where)
-        cache.advance(ids, where)
+        cache.advance(where)
         for row, count in enumerate(counts):
             torch.testing.assert_close(said[row, :count], whole[row, done[row] : done[row] + count])
         done += torch.tensor(counts)
@@ -147,11 +147,12 @@ def test_a_cache_does_not_outgrow_its_room() -> None:
         cache.place(torch.zeros(2, LENGTH + 1, dtype=torch.int64), torch.tensor([3, LENGTH + 1]))
 
 
-def test_the_newest_token_of_each_row() -> None:
-    cache = KVCache(_model(), 1, 3, torch.zeros(1))
-    for ids, counts in (
-        (torch.tensor([[1, 2], [3, 0], [4, 5]]), (2, 1, 2)),
-        (torch.tensor([[6], [0], [7]]), (1, 0, 1)),
+def test_the_context_of_each_rows_newest_token() -> None:
+    cache = ContextCache(_model(), 1, 3, torch.zeros(1))
+    for numbers, counts in (
+        (torch.tensor([[1.0, 2.0], [3.0, 0.0], [4.0, 5.0]]), (2, 1, 2)),
+        (torch.tensor([[6.0], [0.0], [7.0]]), (1, 0, 1)),
     ):
-        cache.advance(ids, cache.place(ids, torch.tensor(counts)))
-    assert cache.last.tolist() == [6, 3, 7]
+        x = numbers[..., None].expand(-1, -1, _model().width)
+        cache.remember(x, cache.place(numbers.long(), torch.tensor(counts)))
+    assert cache.context[:, 0].tolist() == [6, 3, 7]

@@ -60,7 +60,8 @@ def _assert_from(module: TrainableModule, layers: tuple[int, int], stored: dict[
 @pytest.mark.parametrize("tied", [False, True])
 def test_each_block_takes_its_own_layers(topics: Path, tmp_path: Path, tied: bool, shard: str) -> None:
     network = make_llama(tied=tied)
-    config = _config(topics, save_llama(tmp_path / "llama", network, shard), blocks={"split": [2, 1, 1]})
+    blocks, model = {"split": [2, 1, 1]}, {"noisy_layers": 1}
+    config = _config(topics, save_llama(tmp_path / "llama", network, shard), blocks=blocks, model=model)
     stored = network.state_dict()
     for index, layers in enumerate([(0, 2), (2, 3), (3, 4)]):
         module = _fresh(config, tmp_path / "run", index)
@@ -205,9 +206,11 @@ def _fit(module: torch.nn.Module, steps: int, loss_of: Any) -> None:
         optimizer.step()
 
 
-def test_clean_loss_keeps_what_the_checkpoint_can_do(tmp_path: Path) -> None:
-    """Next-token cross-entropy of the clean path, as it is exported: without the clean loss it gets worse. With it a
-    single block gets better; several lose less, for each learns to stand alone. docs/pretrained.md has the figures."""
+@pytest.mark.parametrize("noisy_layers", [None, 0])
+def test_what_the_checkpoint_can_do_is_kept(tmp_path: Path, noisy_layers: int | None) -> None:
+    """Next-token cross-entropy of the clean path, as it is exported. Where noisy tokens go through the layers, it gets
+    worse without the clean loss; with it a single block gets better, and several lose less, for each learns to stand
+    alone. Where they do not, the clean path is what is trained. docs/pretrained.md has the figures."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16, "rms_norm_eps": 1e-5}
     torch.manual_seed(0)
     network = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=32, intermediate_size=48, **sizes))
@@ -228,7 +231,7 @@ def test_clean_loss_keeps_what_the_checkpoint_can_do(tmp_path: Path) -> None:
     usual = {"rope_theta": 10000.0, "norm_eps": 1e-5}
     found = {}
     for count, clean_loss in ((1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)):
-        model = {**section, **usual, "clean_loss": clean_loss}
+        model = {**section, **usual, "clean_loss": clean_loss, "noisy_layers": noisy_layers}
         config = _config(tmp_path, tmp_path / "llama", model=model, blocks={"count": count}, noise={"p_mean": 0.5})
         family, blocks = family_of(config), []
         for piece in family.cut(config):
@@ -244,6 +247,9 @@ def test_clean_loss_keeps_what_the_checkpoint_can_do(tmp_path: Path) -> None:
             _fit(block, 60, lambda rows, b=block, s=source: b.training_loss({"tokens": rows}, b.draw(32, s)))
         found[count, clean_loss] = clean_cross_entropy(blocks) - before
         print(f"{count} blocks, clean_loss {clean_loss}: {before:.2f} nats, {found[count, clean_loss]:+.2f}")
-    assert found[1, 0.0] > 0.1
     assert found[1, 1.0] < 0.02
-    assert found[2, 1.0] < found[2, 0.0] - 0.1
+    if noisy_layers is None:
+        assert found[1, 0.0] > 0.1
+        assert found[2, 1.0] < found[2, 0.0] - 0.1
+    else:
+        assert all(abs(found[count, 0.0] - found[count, 1.0]) < 0.05 for count in (1, 2))
