@@ -76,7 +76,11 @@ def check_plan(config: RunConfig, plan: Plan, codebook: Tensor | None) -> None:
         CorruptData: one of them was changed after the run had started, or a library made another codebook here.
     """
     if config.digest() != plan.config_sha256:
-        raise CorruptData("config.yaml and plan.json of the run belong to different configurations")
+        raise CorruptData(
+            "config.yaml and plan.json of the run belong to different configurations",
+            mend="put back the one that was changed; a run of another version of dbtrain, whose configuration has other"
+            " fields, is for that version",
+        )
     cut = _cut(config, plan.kind)
     if (
         (plan.seed, plan.steps, plan.batch_size) != (config.seed, _steps(config, plan.kind), config.training.batch_size)

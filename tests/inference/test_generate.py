@@ -16,7 +16,7 @@ from dbtrain.inference.decoding import Decoding
 from dbtrain.inference.generate import TextGenerator
 from dbtrain.inference.text_sessions import open_session
 from dbtrain.models.causal_lm import CausalLMBlock
-from dbtrain.models.llama import KVCache, LlamaMLP
+from dbtrain.models.llama import ContextCache, LlamaMLP
 from dbtrain.randomness import derive_key, keyed_normal
 
 LENGTH = 32
@@ -29,11 +29,24 @@ def blocks(topics: Path, tmp_path_factory: pytest.TempPathFactory) -> AssembledM
 
 
 @pytest.fixture(scope="module")
+def two_streams(topics: Path, tmp_path_factory: pytest.TempPathFactory) -> AssembledModel:
+    model = {"noisy_layers": None}
+    return small_language_model(topics, tmp_path_factory.mktemp("runs") / "two-streams", model=model)
+
+
+@pytest.fixture(scope="module")
 def baseline(topics: Path, tmp_path_factory: pytest.TempPathFactory) -> AssembledModel:
     return small_language_model(topics, tmp_path_factory.mktemp("runs") / "baseline", "end_to_end")
 
 
-@pytest.fixture(scope="module", params=["blocks", "baseline"])
+@pytest.fixture
+def chain(request: pytest.FixtureRequest) -> AssembledModel:
+    """The fixture that the test's parameter names."""
+    model: AssembledModel = request.getfixturevalue(request.param)
+    return model
+
+
+@pytest.fixture(scope="module", params=["blocks", "two_streams", "baseline"])
 def generator(request: pytest.FixtureRequest) -> TextGenerator:
     return TextGenerator(request.getfixturevalue(request.param))
 
@@ -61,19 +74,20 @@ def _uncached(model: AssembledModel, row: list[int], key: int, index: int, steps
     return read_out(traces, readout)[0]
 
 
+@pytest.mark.parametrize("chain", ["blocks", "two_streams"], indirect=True)
 @pytest.mark.parametrize("readout", READOUTS)
 @torch.inference_mode()
-def test_the_cached_chain_is_the_uncached_one(blocks: AssembledModel, readout: str) -> None:
+def test_the_cached_chain_is_the_uncached_one(chain: AssembledModel, readout: str) -> None:
     """At every place of rows of different lengths, to 1e-5."""
     source, keys, steps = torch.Generator().manual_seed(0), [11, 12, 13], 4
     rows = torch.randint(256, (3, LENGTH), generator=source)
     lengths = torch.tensor([1, 9, 4])
-    session = open_session(blocks, keys, steps, readout)
+    session = open_session(chain, keys, steps, readout)
     session.read(rows[:, :9], lengths)
     for index in range(LENGTH - 9):
         said = session.probabilities(index)
         for row, key in enumerate(keys):
-            expected = _uncached(blocks, rows[row, : lengths[row]].tolist(), key, index, steps, readout)
+            expected = _uncached(chain, rows[row, : lengths[row]].tolist(), key, index, steps, readout)
             torch.testing.assert_close(said[row], expected, atol=1e-5, rtol=0)
         if index % 5 == 4:
             going = torch.tensor([1, 0, 1])
@@ -144,18 +158,19 @@ def test_a_text_ends_at_the_separator(generator: TextGenerator) -> None:
     assert ending.generate("The ", greedy=True, tokens=12) == [whole[: whole.index(likeliest)]]
 
 
-def test_each_token_is_read_once(blocks: AssembledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chain", ["blocks", "two_streams"], indirect=True)
+def test_each_token_is_read_once(chain: AssembledModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost of a token does not grow with what was written before, but for attending to it."""
     reads: list[tuple[int, ...]] = []
     asked: list[int] = []
     passes: list[int] = []
     read, denoise = CausalLMBlock.read, CausalLMBlock.denoise
 
-    def counted_read(block: CausalLMBlock, cache: KVCache, tokens_nt: Tensor, *counts: Tensor) -> None:
+    def counted_read(block: CausalLMBlock, cache: ContextCache, tokens_nt: Tensor, *counts: Tensor) -> None:
         reads.append(tuple(tokens_nt.shape))
         read(block, cache, tokens_nt, *counts)
 
-    def counted_denoise(block: CausalLMBlock, cache: KVCache, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
+    def counted_denoise(block: CausalLMBlock, cache: ContextCache, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
         asked.append(len(z_nd))
         return denoise(block, cache, z_nd, sigma_n)
 
@@ -163,13 +178,13 @@ def test_each_token_is_read_once(blocks: AssembledModel, monkeypatch: pytest.Mon
     monkeypatch.setattr(CausalLMBlock, "denoise", counted_denoise)
     mlp = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda layer, x: passes.append(x.shape[1]) or mlp(layer, x))
-    generator = _with_separator(blocks, -1)
+    generator = _with_separator(chain, -1)
     generator.generate("The ", tokens=10)
     assert sorted(reads) == [(1, 1)] * 3 * (1 + 9) + [(1, 4)] * 3
     assert asked == [1] * 3 * 10
-    layers = blocks.config.model.depth
-    # The begin token; then each token that was read, with the noisy one that comes after it.
-    assert sorted(passes) == [1] * layers + [2] * layers * 9 + [4 + 1] * layers
+    layers, noisy = chain.config.model.depth, int(chain.config.model.noisy_layers is None)  # type: ignore[attr-defined]
+    # The begin token; then each token that was read, and in the second stream the noisy one that comes after it.
+    assert sorted(passes) == sorted([1] * layers + [1 + noisy] * layers * 9 + [4 + noisy] * layers)
     reads.clear()
     generator.generate("The ", tokens=10, readout="first")
     assert sorted(reads) == [(1, 1)] * (1 + 9) + [(1, 4)]  # blocks without a say read nothing
