@@ -4,14 +4,14 @@
 
 Block 0 of each recipe is trained by the trainer as in any run (shards, sample order, augmentation, keyed noise, guard,
 average, metrics, checkpoints) and by a loop that has none of that: the same module, loss, optimiser and schedule, a
-plain generator for the noise, and batches that lie in memory. A second loop also averages the weights as the recipe
-asks, with PyTorch's AveragedModel. All are in this process and take turns, a logging interval each; which one begins
-changes from turn to turn.
+plain generator for the noise, and batches that lie in memory. A second loop also averages the weights, with PyTorch's
+AveragedModel at a fixed decay (which copies the buffers at each step, too). All are in this process and take turns, a
+logging interval each; which one begins changes from turn to turn.
 
 * ratio: the median over the turns of the loop's time over the trainer's; ratio_all: that of the sums, in which the
   recipe's checkpoints take part; ratio_cpu: the median ratio of processor time, in which the thread that
   writes counts, and other programs on the machine do not;
-* ratio_averaging: that of the second loop, whose work is the trainer's;
+* ratio_averaging: the same of the second loop;
 * stall: time that the trainer's loop spends on a checkpoint, median; the writing is in the background.
 """
 

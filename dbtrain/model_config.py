@@ -228,8 +228,8 @@ class CausalLMConfig(LlamaConfig):
     family: Literal["causal_lm"] = "causal_lm"
     """Which module of `dbtrain.models` builds the network."""
     clean_loss: float = Field(0.0, ge=0.0)
-    """Weight of an ordinary next-token cross-entropy on the clean tokens, beside the denoising loss. With noisy_layers,
-    keeps what a pretrained block can do."""
+    """Weight of an ordinary next-token cross-entropy on the clean tokens, beside the denoising loss. Trains the plain
+    forward pass, which is what is exported; with noisy_layers, a pretrained one is lost without it."""
     noisy_layers: int | None = Field(0, ge=0)
     """How many of a block's layers, the last ones, noisy tokens go through as a second stream beside the clean tokens;
     null for all. Each costs twice the memory and arithmetic of one that sees clean tokens alone."""

@@ -115,13 +115,15 @@ def evaluate_text(
     )
 
 
-def judged(generator: TextGenerator, judge: TextGenerator, shards: ShardSet) -> dict[str, float]:
+def judged(
+    generator: TextGenerator, judge: TextGenerator, shards: ShardSet, texts: int = JUDGED_TEXTS
+) -> dict[str, float]:
     """The judge's bits per byte of what `generator` writes after held-out prompts, and of what stands there.
 
     Both go on from the first quarter of a row to its end, or to the end of the document. A model that repeats itself
     may please the judge: the part of different runs of four tokens, among all of them, tells.
     """
-    tokens_nl = _gather(judge, shards, _rows(shards, JUDGED_TEXTS)).cpu().numpy()
+    tokens_nl = _gather(judge, shards, _rows(shards, texts)).cpu().numpy()
     asked = max(1, judge.length // 4)
     keys = [derive_key(0, "judged", index) for index in range(len(tokens_nl))]
     room = [judge.length - asked] * len(tokens_nl)

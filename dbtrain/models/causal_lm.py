@@ -156,7 +156,8 @@ class CausalLMBlock(TokenModel):
     def read(self, cache: ContextCache, tokens_nt: Tensor, counts_n: Tensor | None = None) -> None:
         """Append clean tokens to the cache: of row n the first counts_n[n], or all where that is not given.
 
-        They wait there for the next `denoise`, which takes them through the weights together with the noisy tokens.
+        They wait there for the next `denoise`, which takes them through the weights; where there are two streams,
+        together with the noisy tokens.
         """
         if cache.unread is not None:
             waiting, where = cache.unread
@@ -168,27 +169,29 @@ class CausalLMBlock(TokenModel):
 
     def denoise(self, cache: ContextCache, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
         """Logits (N, V) of each row's next token, given its noisy code at noise level sigma (N,)."""
-        clean, unread = None, cache.unread
-        if unread is not None:
-            clean = self._reading(cache, *unread)
-            cache.advance(unread[1])
+        read: tuple[Tensor, Appended] | None = None
+        if cache.unread is not None:
+            where = cache.unread[1]
+            read = self._reading(cache, *cache.unread), where
+            cache.advance(where)
             cache.unread = None
         condition = self._condition(sigma_n[:, None])
         x = self._noisy_tokens(cache.context[:, None], z_nd[:, None], sigma_n[:, None])
         if self._noisy_layers():
-            x = self._over_cache(cache, x, condition, clean, None if unread is None else unread[1])
+            x = self._over_cache(cache, x, condition, read)
         return self.head(self._norm_noisy(x, condition))[:, 0]
 
     def _over_cache(
-        self, cache: KVCache, x_n1d: Tensor, condition: Tensor, clean: Tensor | None, where: Appended | None
+        self, cache: KVCache, x_n1d: Tensor, condition: Tensor, read: tuple[Tensor, Appended] | None
     ) -> Tensor:
-        """The noisy tokens (N, 1, width) behind the layers with two streams, and with them clean ones that still have
-        to be read, (N, T, width), if there are any."""
+        """The noisy tokens (N, 1, width) behind the layers with two streams, and together with them the clean ones that
+        these layers still have to read, (N, T, width), if there are any."""
         rotation, mask, first = self.rotary(cache.lengths[:, None]), cache.noisy_mask(), self._first(cache)
-        if clean is None or where is None:
+        if read is None:
             for index, layer in enumerate(self._noisy_layers(), start=first):
                 x_n1d = layer.denoise(x_n1d, condition, rotation, cache, index, mask)
             return x_n1d
+        clean, where = read
         x = torch.cat([clean, x_n1d], dim=1)
         rotation = torch.cat([self.rotary(where.positions), rotation], dim=2)
         mask = torch.cat([F.pad(where.mask, (0, 1)), mask], dim=2)

@@ -89,8 +89,10 @@ def test_a_block_starts_as_if_there_were_no_code() -> None:
 
 @pytest.mark.parametrize("tie_head", [False, True])
 @pytest.mark.parametrize("clean_loss", [0.0, 1.0])
-def test_every_parameter_learns(tie_head: bool, clean_loss: float) -> None:
-    config = text_config(model={"tie_head": tie_head, "clean_loss": clean_loss, "kv_heads": 2})
+@pytest.mark.parametrize("noisy_layers", [0, 1, None])
+def test_every_parameter_learns(tie_head: bool, clean_loss: float, noisy_layers: int | None) -> None:
+    model = {"tie_head": tie_head, "clean_loss": clean_loss, "noisy_layers": noisy_layers, "kv_heads": 2}
+    config = text_config(model=model)
     for module in (causal_block(config, steps=0), causal_lm(config, steps=0)):
         start = {name: p.detach().clone() for name, p in module.named_parameters()}
         train_a_little(module, 4)
@@ -149,8 +151,9 @@ def test_end_to_end_stands_on_the_same_layers(noisy_layers: int | None) -> None:
 
 
 @pytest.mark.parametrize("clean_loss", [0.0, 1.0])
-def test_recomputing_changes_no_gradient(clean_loss: float) -> None:
-    config = text_config(model={"clean_loss": clean_loss})
+@pytest.mark.parametrize("noisy_layers", [0, 1, None])
+def test_recomputing_changes_no_gradient(clean_loss: float, noisy_layers: int | None) -> None:
+    config = text_config(model={"clean_loss": clean_loss, "noisy_layers": noisy_layers})
     draw, tokens = None, random_tokens()
     for module in (causal_block(config), causal_lm(config)):
         draw = module.draw(8, torch.Generator().manual_seed(3))
