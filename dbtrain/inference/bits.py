@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,8 +81,9 @@ def evaluate_text(
         if model.end_to_end:
             tally.add(BITS_PER_BYTE.name, _true(generator.logits(tokens_nl).log_softmax(dim=-1), tokens_nl))
         else:
-            steps = _add_chain(generator, tokens_nl, chosen, tally)
-            _add_alone(generator, tokens_nl, chosen, tally)
+            contexts = generator.contexts(tokens_nl)
+            steps = _add_chain(generator, contexts, tokens_nl, chosen, tally)
+            _add_alone(generator, contexts, tokens_nl, chosen, tally)
         for count in free:
             tally.add(f"K={count}", _iterated(generator, tokens_nl, chosen, count))
         if progress is not None:
@@ -116,14 +118,15 @@ def evaluate_text(
 
 
 def judged(
-    generator: TextGenerator, judge: TextGenerator, shards: ShardSet, texts: int = JUDGED_TEXTS
+    generator: TextGenerator, judge: TextGenerator, shards: ShardSet, texts: int | None = None
 ) -> dict[str, float]:
     """The judge's bits per byte of what `generator` writes after held-out prompts, and of what stands there.
 
-    Both go on from the first quarter of a row to its end, or to the end of the document. A model that repeats itself
-    may please the judge: the part of different runs of four tokens, among all of them, tells.
+    `texts` windows of the split, or as many as evaluations take. Both go on from the first quarter of a row to its end,
+    or to the end of the document. A model that repeats itself may please the judge: the part of different runs of four
+    tokens, among all of them, tells.
     """
-    tokens_nl = _gather(judge, shards, _rows(shards, texts)).cpu().numpy()
+    tokens_nl = _gather(judge, shards, _rows(shards, JUDGED_TEXTS if texts is None else texts)).cpu().numpy()
     asked = max(1, judge.length // 4)
     keys = [derive_key(0, "judged", index) for index in range(len(tokens_nl))]
     room = [judge.length - asked] * len(tokens_nl)
@@ -172,13 +175,15 @@ def _true(log_probs: Tensor, tokens_nl: Tensor) -> Tensor:
     return log_probs.reshape(tokens_nl.numel(), -1).gather(1, tokens_nl.reshape(-1, 1))[:, 0]
 
 
-def _add_chain(generator: TextGenerator, tokens_nl: Tensor, rows: Ids, tally: _Tally) -> list[tuple[int, float]]:
+def _add_chain(
+    generator: TextGenerator, contexts: Sequence[Any], tokens_nl: Tensor, rows: Ids, tally: _Tally
+) -> list[tuple[int, float]]:
     """Every read-out and step for one batch; returns the chain's (block, sigma) steps."""
     noises = generator.config.chain.start_noises
     trace: ChainTrace | None = None
     walks: dict[str, list[Tensor]] = {name: [] for name in READOUTS}
     for noise in range(noises):
-        trace = generator.trace(tokens_nl, rows, noise)
+        trace = generator.trace(contexts, rows, noise)
         for index, log_probs in enumerate(trace.log_probs):
             tally.add(f"step {index}", _true(log_probs, tokens_nl), share=1 / noises)
         for name in READOUTS:
@@ -196,13 +201,13 @@ def _iterated(generator: TextGenerator, tokens_nl: Tensor, rows: Ids, count: int
     """Log-probability of each true token, (N * L,), after `count` iterations."""
     if generator.model.end_to_end:
         return _true(generator.logits(tokens_nl, count).log_softmax(dim=-1), tokens_nl)
-    return _true(generator.trace(tokens_nl, rows, 0, count).log_probs[-1], tokens_nl)
+    return _true(generator.trace(generator.contexts(tokens_nl), rows, 0, count).log_probs[-1], tokens_nl)
 
 
-def _add_alone(generator: TextGenerator, tokens_nl: Tensor, rows: Ids, tally: _Tally) -> None:
+def _add_alone(generator: TextGenerator, contexts: Sequence[Any], tokens_nl: Tensor, rows: Ids, tally: _Tally) -> None:
     noise = generator.start(rows, 0)
     for index, own in enumerate(generator.model.ranges):
-        said = generator.log_probs(tokens_nl, index, own.high * noise, own.high)
+        said = generator.log_probs(contexts, index, own.high * noise, own.high)
         tally.add(f"alone {index}", _true(said, tokens_nl))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class TextGenerator:
-    """An assembled language model. `generate` is the front door; `trace`, `log_probs` and `logits` serve evaluation."""
+    """An assembled language model. `generate` is the front door; `contexts` and what follows serve evaluation."""
 
     def __init__(self, model: AssembledModel):
         assert isinstance(model.config.model, TextModelConfig)
@@ -138,22 +139,29 @@ class TextGenerator:
         return logits.float()
 
     @torch.inference_mode()
-    def log_probs(self, tokens_nl: Tensor, index: int, z: Tensor, sigma: float) -> Tensor:
+    def contexts(self, tokens_nl: Tensor) -> list[Any]:
+        """By block, what it makes of known rows before it sees any noise."""
+        return [module.context(tokens_nl) for module in self.model.modules]  # type: ignore[operator]
+
+    @torch.inference_mode()
+    def log_probs(self, contexts: Sequence[Any], index: int, z: Tensor, sigma: float) -> Tensor:
         """What block `index` says of each token, given those before it and its code at sigma.
 
         Args:
+            contexts: of the rows.
             z: noisy codes, (N * L, code width).
 
         Returns:
             (N * L, V) float32.
         """
-        n, length = tokens_nl.shape
-        sigmas = torch.full((n, 1), sigma, device=tokens_nl.device)
-        logits: Tensor = self.model.modules[index](tokens_nl, z.float().view(n, length, -1), sigmas)
+        n = len(z) // self.length
+        sigmas = torch.full((n, 1), sigma, device=z.device)
+        module: Any = self.model.modules[index]
+        logits: Tensor = module.answer(contexts[index], z.float().view(n, self.length, -1), sigmas)
         return logits.float().log_softmax(dim=-1).flatten(0, 1)
 
     @torch.inference_mode()
-    def trace(self, tokens_nl: Tensor, rows: Ids, noise: int, steps: int | None = None) -> ChainTrace:
+    def trace(self, contexts: Sequence[Any], rows: Ids, noise: int, steps: int | None = None) -> ChainTrace:
         """Walk the chain for every token of known rows at once, from starting noise number `noise`; `rows` key it.
 
         It has `steps` steps, or as many as the configuration says. The chain of a token sees the tokens before it
@@ -162,7 +170,7 @@ class TextGenerator:
         config, codebook = self.config, self.model.codebook
         assert codebook is not None
         return run_chain(
-            lambda index, z, sigma: self.log_probs(tokens_nl, index, z, sigma),
+            lambda index, z, sigma: self.log_probs(contexts, index, z, sigma),
             self.model.ranges,
             codebook,
             config.noise,

@@ -1,7 +1,8 @@
 """A language model at work on a batch of texts: it has read so much of each, and says what may come next.
 
 A block is asked through `start_cache`, `read` and `denoise` alone, an end-to-end network through `start_cache` and
-`read` (`dbtrain.models.causal_lm` says what they mean), so other families of language models fit in.
+`read` (`dbtrain.models.causal_lm` says what they mean), so other families of language models fit in. Evaluation, which
+knows the text, asks a block through `context` and `answer`.
 """
 
 from __future__ import annotations

@@ -107,13 +107,23 @@ class CausalLMBlock(TokenModel):
             clean: append what the clean stream says of the same tokens: (N, 2 L, V).
             logits: give these; or what the head makes them of, (N, L or 2 L, width).
         """
+        return self.answer(self.context(tokens_nl), z_nld, sigma_nl, clean=clean, logits=logits)
+
+    def context(self, tokens_nl: Tensor) -> Streams:
+        """What there is of rows before any noise: the clean tokens as they enter the layers with two streams, and what
+        noisy tokens start from. Evaluation asks about the same rows with many noises."""
         inputs = self.shifted(tokens_nl)
-        condition, embedded = self._condition(sigma_nl), self.embed_tokens(inputs)
-        rotation = self.rotary(slice(0, inputs.shape[1] + 1))
-        x_clean, before = self._enter(embedded, rotation[:, :-1])
+        return self._enter(self.embed_tokens(inputs), self.rotary(slice(0, inputs.shape[1])))
+
+    def answer(
+        self, context: Streams, z_nld: Tensor, sigma_nl: Tensor, *, clean: bool = False, logits: bool = True
+    ) -> Tensor:
+        """The rest of `forward`."""
+        (x_clean, before), condition = context, self._condition(sigma_nl)
         x_noisy = self._noisy_tokens(before, z_nld, sigma_nl)
         if streams := [layer.two_streams for layer in self._noisy_layers()]:
-            x, rest = (x_clean, x_noisy), (condition, rotation, noisy_mask(inputs.shape[1], embedded))
+            length = x_clean.shape[1]
+            x, rest = (x_clean, x_noisy), (condition, self.rotary(slice(0, length + 1)), noisy_mask(length, x_clean))
             x = apply_layers(streams[:-1], x, *rest, recompute=self.recompute)
             x_clean, x_noisy = apply_layers(streams[-1:], x, *rest, clean, recompute=self.recompute)
         normed = self._norm_noisy(x_noisy, condition)

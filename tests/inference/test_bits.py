@@ -84,7 +84,7 @@ def test_blocks_by_hand(blocks: AssembledModel, held_out: tuple[ShardSet, Tensor
     generator = TextGenerator(blocks)
     rows = np.arange(ROWS) * shards.rows // ROWS
     result = evaluate_text(generator, shards)
-    traces = [generator.trace(tokens, rows, noise) for noise in range(3)]
+    traces = [generator.trace(generator.contexts(tokens), rows, noise) for noise in range(3)]
     assert set(result.readouts) == set(READOUTS)
     for name, value in result.readouts.items():
         assert value == pytest.approx(_bits(read_out(traces, name), tokens), rel=1e-4), name

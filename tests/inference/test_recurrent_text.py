@@ -165,7 +165,7 @@ def test_evaluation_of_blocks(
         result = evaluate_text(generator, shards)
         assert list(result.also) == [f"K={count}: bits_per_byte" for count in counts]
         for count in counts:
-            trace = generator.trace(tokens, rows, 0, count)
+            trace = generator.trace(generator.contexts(tokens), rows, 0, count)
             assert len(trace.log_probs) == count
             expected = _bits(trace.log_probs[-1], tokens)
             assert result.also[f"K={count}: bits_per_byte"] == pytest.approx(expected, rel=1e-5)
@@ -178,6 +178,7 @@ def test_evaluation_of_blocks(
 @torch.inference_mode()
 def test_specialists_answer_for_their_ranges(specialists: AssembledModel, held_out: tuple[ShardSet, Tensor]) -> None:
     _, tokens = held_out
-    trace = TextGenerator(specialists).trace(tokens, np.arange(ROWS), 0)
+    generator = TextGenerator(specialists)
+    trace = generator.trace(generator.contexts(tokens), np.arange(ROWS), 0)
     assert trace.blocks == (0, 0, 1, 1)
     assert trace.sigmas[2] == specialists.ranges[1].high

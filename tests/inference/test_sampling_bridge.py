@@ -60,6 +60,6 @@ def test_known_rows(language_model: AssembledModel) -> None:
     generator = TextGenerator(language_model)
     tokens = torch.randint(256, (3, generator.length), generator=torch.Generator().manual_seed(0))
     rows = np.array([4, 9, 2])
-    whole = generator.trace(tokens, rows, 1).log_probs[-1].view(3, generator.length, -1)
-    single = generator.trace(tokens[1:2], rows[1:2], 1).log_probs[-1]
+    whole = generator.trace(generator.contexts(tokens), rows, 1).log_probs[-1].view(3, generator.length, -1)
+    single = generator.trace(generator.contexts(tokens[1:2]), rows[1:2], 1).log_probs[-1]
     torch.testing.assert_close(single, whole[1], atol=1e-4, rtol=0)

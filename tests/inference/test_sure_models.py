@@ -52,7 +52,8 @@ def _by_hand(traces: list[ChainTrace], name: str) -> Tensor:
 def test_blocks(topics: Path, tmp_path: Path, held_out: tuple[ShardSet, Tensor]) -> None:
     shards, tokens = held_out
     generator = _sure(topics, tmp_path / "run", "blocks")
-    traces = [generator.trace(tokens, np.arange(ROWS) * shards.rows // ROWS, noise) for noise in range(3)]
+    rows = np.arange(ROWS) * shards.rows // ROWS
+    traces = [generator.trace(generator.contexts(tokens), rows, noise) for noise in range(3)]
     result = evaluate_text(generator, shards)
     assert result.readouts["first"] > 69 / math.log(2)  # less than 1e-30 a token
     for name in READOUTS:
