@@ -256,7 +256,9 @@ class Jobs:
         parts = self._client.tail_job_logs(submission_id)
         while True:
             try:
-                text = await asyncio.wait_for(anext(parts), _QUIET_SECONDS)
+                # Python 3.11's wait_for forgets a Ctrl-C that comes together with the text.
+                async with asyncio.timeout(_QUIET_SECONDS):
+                    text = await anext(parts)
             except (StopAsyncIteration, TimeoutError):
                 return
             log.add_from(position, text)

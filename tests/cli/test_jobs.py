@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,23 @@ def test_ctrl_c_ends_following_and_not_the_job(server: JobServer) -> None:
     assert f"dbtrain status one --address {server.url} --follow" in result.stderr
     assert "Traceback" not in result.stderr
     assert not [line for line in server.requests if line.endswith("/stop")]
+
+
+def test_ctrl_c_together_with_text_is_not_lost(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the text that is waited for is there already when the signal comes."""
+    server.add("one")
+    jobs = ray_jobs.Jobs(server.url)
+
+    async def lines(submission_id: str) -> AsyncIterator[str]:
+        yield "one\n"
+        os.kill(os.getpid(), signal.SIGINT)
+        yield "two\n"
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(jobs._client, "tail_job_logs", lines)
+    monkeypatch.setattr(ray_jobs, "_QUIET_SECONDS", 3600)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.follow("one", lambda text: None)
 
 
 def test_stop_asks_the_driver_by_a_job_beside_it(server: JobServer) -> None:
