@@ -78,14 +78,14 @@ def evaluate_text(
         tokens_nl = _gather(generator, shards, chosen)
         tokens += tokens_nl.numel()
         num_bytes += int(sizes[tokens_nl.cpu()].sum())
+        contexts = [] if model.end_to_end else generator.contexts(tokens_nl)
         if model.end_to_end:
             tally.add(BITS_PER_BYTE.name, _true(generator.logits(tokens_nl).log_softmax(dim=-1), tokens_nl))
         else:
-            contexts = generator.contexts(tokens_nl)
             steps = _add_chain(generator, contexts, tokens_nl, chosen, tally)
             _add_alone(generator, contexts, tokens_nl, chosen, tally)
         for count in free:
-            tally.add(f"K={count}", _iterated(generator, tokens_nl, chosen, count))
+            tally.add(f"K={count}", _iterated(generator, contexts, tokens_nl, chosen, count))
         if progress is not None:
             progress(first + len(chosen), len(rows))
 
@@ -197,11 +197,11 @@ def _add_chain(
     return list(zip(trace.blocks, trace.sigmas, strict=True))
 
 
-def _iterated(generator: TextGenerator, tokens_nl: Tensor, rows: Ids, count: int) -> Tensor:
+def _iterated(generator: TextGenerator, contexts: Sequence[Any], tokens_nl: Tensor, rows: Ids, count: int) -> Tensor:
     """Log-probability of each true token, (N * L,), after `count` iterations."""
     if generator.model.end_to_end:
         return _true(generator.logits(tokens_nl, count).log_softmax(dim=-1), tokens_nl)
-    return _true(generator.trace(generator.contexts(tokens_nl), rows, 0, count).log_probs[-1], tokens_nl)
+    return _true(generator.trace(contexts, rows, 0, count).log_probs[-1], tokens_nl)
 
 
 def _add_alone(generator: TextGenerator, contexts: Sequence[Any], tokens_nl: Tensor, rows: Ids, tally: _Tally) -> None:
