@@ -136,16 +136,19 @@ def pad_crop_flip(
     x: npt.NDArray[np.float64],
     chosen: npt.NDArray[np.bool_],
 ) -> Tensor:
-    """What `pad_crop` and then `flip` do, for images on the CPU: what is left of each is copied, once."""
-    height, width = images.shape[-2:]
-    source = images.numpy()
-    out = np.zeros_like(source)
-    mirrored = out[..., ::-1]
-    down = (y * (2 * padding + 1)).astype(np.int64) - padding
-    right = (x * (2 * padding + 1)).astype(np.int64) - padding
-    for n, (dy, dx, flipped) in enumerate(zip(down.tolist(), right.tolist(), chosen.tolist(), strict=True)):
-        top, bottom = min(height, max(0, dy)), max(0, height + min(0, dy))
-        left, end = min(width, max(0, dx)), max(0, width + min(0, dx))
-        target = mirrored if flipped else out
-        target[n, :, top - dy : bottom - dy, left - dx : end - dx] = source[n, :, top:bottom, left:end]
+    """What `pad_crop` and then `flip` do, for images on the CPU: windows of one padded copy, no loop."""
+    n, channels, height, width = images.shape
+    padded = np.zeros((n, channels, height + 2 * padding, width + 2 * padding), np.uint8)
+    padded[:, :, padding : padding + height, padding : padding + width] = images.numpy()
+    top, left = (y * (2 * padding + 1)).astype(np.int64), (x * (2 * padding + 1)).astype(np.int64)
+    by_image, by_channel, by_row, by_column = padded.strides
+    windows = np.lib.stride_tricks.as_strided(
+        padded,
+        (n, 2 * padding + 1, 2 * padding + 1, channels, height, width),
+        (by_image, by_row, by_column, by_channel, by_row, by_column),
+        writeable=False,
+    )
+    out = windows[np.arange(n), top, left]
+    mirrored = np.flatnonzero(chosen)
+    out[mirrored] = out[mirrored, ..., ::-1]
     return torch.from_numpy(out)

@@ -97,8 +97,7 @@ class CheckpointStore:
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint in the background, in place of one of the same step; waits for the one before.
 
-
-        The tensors must not change until `wait` returns.
+        The tensors must not change until it has `settled`.
 
         Raises:
             StaleAttempt: a newer attempt owns the block; nothing was changed.
@@ -108,8 +107,9 @@ class CheckpointStore:
         self.wait()
         self._in_flight = self._writer.submit(self._room.write, partial(self._write, snapshot))
 
-    def settled(self, timeout: float) -> bool:
-        """Whether no checkpoint is in flight any more after at most `timeout` seconds."""
+    def settled(self, timeout: float | None = None) -> bool:
+        """Whether no checkpoint is in flight any more after at most `timeout` seconds, or however long it takes; raises
+        nothing of what went wrong with it."""
         return self._in_flight is None or bool(wait_for([self._in_flight], timeout).done)
 
     def wait(self) -> None:

@@ -98,6 +98,7 @@ class BlockTrainer:
         )
         self._metrics = MetricsLog(self._directory, attempt)
         self._saved_step = 0
+        self._copies: dict[str, dict[str, Tensor]] = {}
         self._loss_sum = torch.zeros((), device=self.device)
         self._relay = Relay(run, index, attempt, self.device) if relays(config, plan.kind) else None
         self._stems: StemAverager | None = None
@@ -272,7 +273,8 @@ class BlockTrainer:
     def _save(self) -> None:
         """Snapshot to the CPU now, write in the background."""
         self._guard.check(self.index)
-        model = self._cpu_copies(dict(self.module.named_parameters()))
+        self._store.settled()  # the one before is in the memory that this one takes
+        model = self._cpu_copies("model", dict(self.module.named_parameters()))
         check_weights(model, self.index, self.step)
         state = {
             "origin": origin(self.plan, self.index),
@@ -284,15 +286,23 @@ class BlockTrainer:
             Snapshot(
                 step=self.step,
                 model=model,
-                ema=None if self.ema is None else self._cpu_copies(self.ema.tensors()),
-                optimizer=self._cpu_copies(optimizer_tensors(self.module, self.optimizer)),
+                ema=None if self.ema is None else self._cpu_copies("ema", self.ema.tensors()),
+                optimizer=self._cpu_copies("optimizer", optimizer_tensors(self.module, self.optimizer)),
                 state=state,
             )
         )
         self._saved_step = self.step
 
-    def _cpu_copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._team.whole(value.detach()).to("cpu", copy=True) for name, value in tensors.items()}
+    def _cpu_copies(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in the memory of the snapshot before: new pages would take several times as long as the copies."""
+        copies = self._copies.setdefault(part, {})
+        for name, value in tensors.items():
+            whole = self._team.whole(value.detach())
+            if name in copies:
+                copies[name].copy_(whole)
+            else:
+                copies[name] = whole.to("cpu", copy=True)
+        return copies
 
     def _restore(self) -> None:
         snapshot = self._store.load_latest()

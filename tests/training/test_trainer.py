@@ -18,6 +18,7 @@ from dbtrain.config import RunConfig
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.models.vit import ViTFamily
 from dbtrain.run_directory import StaleAttempt
+from dbtrain.training import checkpoint
 from dbtrain.training.checkpoint import checkpoint_steps, read_weights
 from dbtrain.training.trainer import BlockTrainer
 
@@ -249,3 +250,31 @@ def gc_off() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def test_a_checkpoint_that_is_written_late_holds_its_own_step(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(training={"steps": 6}, logging={"every": 1}, checkpoints={"every": 2, "keep": 3})
+    at_once, late = start_run(config, tmp_path / "at once"), start_run(config, tmp_path / "late")
+    train_block(at_once)
+    trained, encode = threading.Event(), checkpoint._encode
+
+    def encode_late(snapshot: checkpoint.Snapshot) -> Iterator[tuple[str, str, bytes]]:
+        assert trained.wait(60)
+        return encode(snapshot)
+
+    monkeypatch.setattr(checkpoint, "_encode", encode_late)
+    with closing(BlockTrainer(late, 0, attempt=1)) as trainer:
+        reports = trainer.train()
+        while next(reports).step < 3:  # a step after the snapshot
+            pass
+        trained.set()
+        assert list(reports)[-1].done
+    for step in (2, 4, 6):  # each in the memory of the one before
+        folder = f"checkpoints/step-{step:08d}"
+        for name in ("model", "ema", "optimizer"):
+            (expected,), (found,) = (
+                list((tmp_path / run / "blocks" / "00" / folder).glob(f"{name}.*")) for run in ("at once", "late")
+            )
+            assert found.read_bytes() == expected.read_bytes()
