@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "memory": [],
     "inference": [],
     "scaling": [],
+    "time_to_metric": [],
     "coordinator": [],
     "recovery": ["--kills", "5"],
 }

@@ -23,6 +23,7 @@ from dbtrain.config_file import load_config
 from dbtrain.diffusion.codebook import make_codebook, stretch_rows
 from dbtrain.diffusion.precondition import weights
 from dbtrain.errors import UserError
+from dbtrain.inference.classify import Classifier
 from dbtrain.inference.runs import evaluation_of
 from dbtrain.models import vit
 from dbtrain.models.family import Batch, Draw
@@ -99,6 +100,21 @@ def own_trajectory() -> None:
         return (weights(self.noise.weight, sigma, self.noise.sigma_data) * loss).mean()
 
     _replace(ViTBlock, "training_loss", training_loss)
+
+
+@variant
+def relay_without_belief() -> None:
+    """A relayed block goes on from the features of the block before, and answers by itself: the belief that comes down
+    the chain is not added to its logits, in training and in inference."""
+    log_probs = Classifier.log_probs
+
+    def by_itself(
+        self: Classifier, features: Tensor, index: int, z: Tensor, sigma: float, belief: Tensor | None = None
+    ) -> Tensor:
+        return log_probs(self, features, index, z, sigma)
+
+    _replace(ViTBlock, "_complete", lambda self, logits, batch: logits.float())
+    _replace(Classifier, "log_probs", by_itself)
 
 
 @variant
