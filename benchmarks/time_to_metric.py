@@ -1,15 +1,16 @@
 """Seconds until a metric is reached: blocks on N workers, the end-to-end network on one, and DDP of it on N.
 
-    python benchmarks/time_to_metric.py [configs/demo/vit.yaml] [--steps 250 500 1000] [--target 0.95] [--json]
+    python benchmarks/time_to_metric.py [configs/demo/vit.yaml] [--steps 300 600] [--target 0.95] [--json]
 
 A learning rate that falls to its end makes a run of another length another run, so each side is trained anew for every
-number of steps, on one Ray cluster of this machine. The end-to-end network takes as many steps as blocks do, or fewer
-where that makes layer-evaluations equal; DDP shares each of its batches out to N replicas. Seconds are those from the
-start of a run to its end by its journal, the median of the seeds: workers start, train, and write the last checkpoint.
-Evaluation is not in them.
+number of steps, on one Ray cluster of this machine, by turns. Steps are those of the blocks; the end-to-end network
+takes as many as make its layer-evaluations equal. DDP shares each of its batches out to N replicas.
 
-A target (of the evaluation's metric; an accuracy as a fraction) is reached by the fastest length whose mean over the
-seeds reaches it.
+* seconds: from the start of a run to its end by its journal, median of the seeds: workers start, train, and write the
+  last checkpoint. Evaluation is not in them;
+* start: what of them passes until the first worker trains;
+* reached: the fastest length of each side whose mean over the seeds reaches the target, which is one of the
+  evaluation's metric (an accuracy as a fraction).
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench import table
-from quality import train_one
+from quality import RunFailed, train_one
 
+from dbtrain.config import RunConfig
 from dbtrain.config_file import load_config
-from dbtrain.inference.compare import driven_seconds
-from dbtrain.inference.evaluation import Metric
+from dbtrain.errors import UserError
 from dbtrain.inference.runs import evaluation_of
 from dbtrain.orchestration.ray_cluster import connect
 from dbtrain.plan import Kind
@@ -37,54 +39,89 @@ from dbtrain.plan import Kind
 RECIPE = Path(__file__).parents[1] / "configs" / "demo" / "vit.yaml"
 
 
-def sides(workers: int) -> dict[str, tuple[Kind, list[str]]]:
-    """Name -> what is trained, and its overrides; one block a worker."""
-    return {
-        f"{workers} blocks, a worker each": ("blocks", [f"blocks.count={workers}"]),
-        "end to end, one worker": ("end_to_end", [f"blocks.count={workers}"]),
-        f"end to end, DDP on {workers}": ("end_to_end", [f"blocks.count={workers}", f"resources.replicas={workers}"]),
-    }
+@dataclass
+class Length:
+    """A side trained for a number of steps, and what came of it."""
+
+    side: str
+    steps: int
+    kind: Kind
+    configs: Sequence[RunConfig]
+    """One a seed."""
+    values: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    starts: list[float] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """For the table."""
+        return {
+            "side": self.side,
+            "steps": self.steps,
+            "value": statistics.mean(self.values),
+            "spread": statistics.stdev(self.values) if len(self.values) > 1 else 0.0,
+            "seconds": statistics.median(self.seconds),
+            "start": statistics.median(self.starts),
+        }
 
 
-def measure(
-    recipe: Path, overrides: Sequence[str], budgets: Sequence[int], seeds: Sequence[int], workers: int, folder: Path
-) -> tuple[Metric, list[dict[str, Any]]]:
-    """A row for each side and length, and what the metric is."""
-    rows: list[dict[str, Any]] = []
-    metric: Metric | None = None
+def lengths(
+    recipe: Path, overrides: Sequence[str], steps: Sequence[int], seeds: Sequence[int], workers: int
+) -> list[Length]:
+    """Everything that will be trained, one block for each worker.
+
+    Raises:
+        UserError: the recipe does not go with so many workers.
+    """
+    several = [f"blocks.count={workers}"]
+    sides: list[tuple[str, Kind, list[str]]] = [
+        (f"{workers} blocks, a worker each", "blocks", several),
+        ("end to end, one worker", "end_to_end", several),
+    ]
+    if workers > 1:
+        replicas = [*several, f"resources.replicas={workers}"]
+        sides.append((f"end to end, DDP on {workers}", "end_to_end", replicas))
+    return [
+        Length(
+            name,
+            count,
+            kind,
+            [load_config(recipe, [*overrides, *more, f"training.steps={count}", f"seed={seed}"]) for seed in seeds],
+        )
+        for count in steps
+        for name, kind, more in sides
+    ]
+
+
+def measure(found: Sequence[Length], workers: int, folder: Path) -> Literal["higher", "lower"]:
+    """Train and evaluate everything, seed by seed; says whether more of the metric is better.
+
+    Raises:
+        RunFailed: one did not come to its end.
+        UserError: so it is, for a reason that lies with the user.
+    """
     with closing(connect(cpus=workers)):
-        for name, (kind, settings) in sides(workers).items():
-            for steps in budgets:
-                values, seconds = [], []
-                for seed in seeds:
-                    config = load_config(recipe, [*overrides, *settings, f"training.steps={steps}", f"seed={seed}"])
-                    run = train_one(config, kind, folder / f"{len(rows)}-{seed}", "ray")
-                    evaluation = evaluation_of(run)
-                    metric = evaluation.metric
-                    values.append(evaluation.value)
-                    seconds.append(driven_seconds(run.events())[0])
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                rows.append(
-                    {
-                        "side": name,
-                        "steps": run.plan.steps,
-                        "value": statistics.mean(values),
-                        "spread": spread,
-                        "seconds": statistics.median(seconds),
-                    }
-                )
-    assert metric is not None
-    return metric, rows
+        train_one(found[0].configs[0], found[0].kind, folder / "warm", "ray")
+        for seed in range(len(found[0].configs)):
+            for number, length in enumerate(found):
+                run = train_one(length.configs[seed], length.kind, folder / f"{number}-{seed}", "ray")
+                evaluation = evaluation_of(run)
+                when: dict[str, float] = {}
+                for event in run.events():
+                    when.setdefault(event["event"], event["time"])  # the first of its kind
+                length.values.append(evaluation.value)
+                length.seconds.append(when["run_ended"] - when["run_started"])
+                length.starts.append(when["block_running"] - when["run_started"])
+    return evaluation.metric.better
 
 
-def reached(rows: Sequence[dict[str, Any]], target: float, metric: Metric) -> list[dict[str, Any]]:
-    """For each side the shortest of its runs that reaches the target; nothing where none does."""
-    sign = 1 if metric.better == "higher" else -1
+def reached(rows: Sequence[dict[str, Any]], target: float, better: Literal["higher", "lower"]) -> list[dict[str, Any]]:
+    """For each side the fastest of its lengths that reaches the target, and its seconds; nothing where none does."""
+    sign = 1 if better == "higher" else -1
     found = []
     for name in dict.fromkeys(row["side"] for row in rows):
         enough = [row for row in rows if row["side"] == name and sign * row["value"] >= sign * target]
-        best = min(enough, key=lambda row: float(row["seconds"]), default=None)
-        found.append({"side": name, "steps": best["steps"] if best else "", "seconds": best["seconds"] if best else ""})
+        best = min(enough, key=lambda row: float(row["seconds"]), default={"steps": "", "seconds": ""})
+        found.append({"side": name, "steps": best["steps"], "seconds": best["seconds"]})
     return found
 
 
@@ -92,18 +129,28 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", default=RECIPE)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="the cores when not given")
-    parser.add_argument("--steps", type=int, nargs="+", default=[250, 500, 1000], help="lengths of a run")
+    parser.add_argument("--workers", type=int, help="the most, up to the cores, that the recipe can be cut for")
+    parser.add_argument("--steps", type=int, nargs="+", default=[300, 600], help="lengths of a run (default: 300 600)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target", type=float, default=0.95, help="of the metric (default: 0.95)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="dbtrain-metric-") as folder:
-        metric, rows = measure(
-            options.config, options.overrides, options.steps, options.seeds, options.workers, Path(folder)
-        )
-    figures = {"target": options.target, "lengths": rows, "reached": reached(rows, options.target, metric)}
+    tried = [options.workers] if options.workers else list(range(os.cpu_count() or 1, 0, -1))
+    try:
+        for workers in tried:
+            try:
+                found = lengths(options.config, options.overrides, options.steps, options.seeds, workers)
+                break
+            except UserError:
+                if workers == tried[-1]:
+                    raise
+        with tempfile.TemporaryDirectory(prefix="dbtrain-metric-") as folder:
+            better = measure(found, workers, Path(folder))
+    except (UserError, RunFailed) as error:
+        parser.exit(2, f"{error}\n")
+    rows = [length.row() for length in found]
+    figures = {"target": options.target, "lengths": rows, "reached": reached(rows, options.target, better)}
     print(json.dumps(figures) if options.json else table(figures))
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/variants.py own-trajectory configs/demo/vit.yaml --runs runs/own-trajectory --set model.depth=3
 
-Each idea replaces one function of dbtrain in this process and trains a recipe with it; the rows to compare with are
-those of the sweep files. The run directories are of use to this program alone, as nobody else replaces the function.
+Each idea replaces functions of dbtrain in this process and trains a recipe with them; the rows to compare with are
+those of the sweep files. The run directories are of use to this program alone, as nobody else replaces the functions.
 Figures and conclusions: docs/results.md and docs/lab-notes.md.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from quality import RunFailed, figures_of, print_tables, train_one
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dbtrain.config import RunConfig
 from dbtrain.config_file import load_config
 from dbtrain.diffusion.codebook import make_codebook, stretch_rows
 from dbtrain.diffusion.precondition import weights
@@ -26,25 +28,57 @@ from dbtrain.errors import UserError
 from dbtrain.inference.classify import Classifier
 from dbtrain.inference.runs import evaluation_of
 from dbtrain.models import vit
-from dbtrain.models.family import Batch, Draw
+from dbtrain.models.family import Batch, Draw, relays
 from dbtrain.models.masked_lm import MaskedLM
 from dbtrain.models.vit import CodeReader, ViTBlock
-
-VARIANTS: dict[str, Callable[[], None]] = {}
-"""Name -> what puts it in place."""
+from dbtrain.plan import Kind
 
 
-def variant(install: Callable[[], None]) -> Callable[[], None]:
-    """Enter it under its function's name."""
-    VARIANTS[install.__name__.replace("_", "-")] = install
-    return install
+@dataclass(frozen=True)
+class Variant:
+    """An idea, and the recipes that it changes."""
+
+    install: Callable[[], None]
+    family: str
+    kinds: tuple[Kind, ...] = ("blocks",)
+    relays: bool = False
+
+    def check(self, config: RunConfig, kind: Kind) -> None:
+        """Raises UserError where the recipe would be trained as if there were no such idea."""
+        if config.model.family != self.family:
+            raise UserError(
+                "has none of it", field="model.family", value=config.model.family, mend=f"use {self.family}"
+            )
+        if kind not in self.kinds:
+            raise UserError("has none of it", field="--kind", value=kind, mend=f"use {' or '.join(self.kinds)}")
+        if relays(config, kind) != self.relays:
+            mend = "set it" if self.relays else "leave it out"
+            raise UserError(
+                "does not go with it", field="blocks.relay_every", value=config.blocks.relay_every, mend=mend
+            )
+
+
+VARIANTS: dict[str, Variant] = {}
+"""By name."""
+
+
+def variant(
+    family: str, kinds: tuple[Kind, ...] = ("blocks",), relays: bool = False
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Enter what puts an idea in place under its function's name."""
+
+    def enter(install: Callable[[], None]) -> Callable[[], None]:
+        VARIANTS[install.__name__.replace("_", "-")] = Variant(install, family, kinds, relays)
+        return install
+
+    return enter
 
 
 def _replace(owner: Any, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
-@variant
+@variant("vit")
 def codes_random() -> None:
     """Labels' codes in random directions, whatever the width, in place of orthonormal ones."""
 
@@ -54,7 +88,7 @@ def codes_random() -> None:
     _replace(vit, "make_codebook", make)
 
 
-@variant
+@variant("vit")
 def codes_simplex() -> None:
     """Labels' codes spread as far as they go: the corners of a simplex, all pairs at the cosine -1 / (classes - 1)."""
 
@@ -65,7 +99,7 @@ def codes_simplex() -> None:
     _replace(vit, "make_codebook", make)
 
 
-@variant
+@variant("vit")
 def codes_narrow() -> None:
     """Labels' codes in random directions of four dimensions; the others are noise alone."""
 
@@ -77,32 +111,31 @@ def codes_narrow() -> None:
     _replace(vit, "make_codebook", make)
 
 
-@variant
+@variant("vit")
 def large_code_stem() -> None:
     """The projection of the noisy code starts as all matrices do, at Glorot's scale, and not at 0.02."""
     _replace(CodeReader, "initialise", lambda self: nn.init.trunc_normal_(self.query, std=0.02))
 
 
-@variant
+@variant("vit")
 def own_trajectory() -> None:
-    """A block's noisy code comes from its own answer at the top of its range, by the chain's softmax bridge, and knows
-    no label: what inference gives it, but for whose answer it is."""
+    """A block's noisy code comes from its own answer to pure noise at the top of its range, as if the chain had walked
+    from there to each noise level with that answer (softmax bridge). It knows no label."""
 
     def training_loss(self: ViTBlock, batch: Batch, draw: Draw) -> Tensor:
-        features, sigma, label = self.features(batch), draw["sigma"], batch["label"]
+        features, sigma, eps = self.features(batch), draw["sigma"], draw["eps"]
         top = torch.full_like(sigma, self.trained.high)
-        start = top[:, None] * draw["eps"]
         with torch.no_grad():
-            belief = self.denoise(features, start, top).float().softmax(dim=-1)
-        kept = (sigma / top)[:, None]
-        logits = self.denoise(features, kept * start + (1.0 - kept) * (belief @ self.codebook), sigma).float()
-        loss = F.cross_entropy(logits, label, reduction="none")
+            belief = self.denoise(features, self.trained.high * eps, top).float().softmax(dim=-1)
+        walked = 1.0 - (sigma / self.noise.sigma_max)[:, None]
+        logits = self.denoise(features, sigma[:, None] * eps + walked * (belief @ self.codebook), sigma).float()
+        loss = F.cross_entropy(logits, batch["label"], reduction="none")
         return (weights(self.noise.weight, sigma, self.noise.sigma_data) * loss).mean()
 
     _replace(ViTBlock, "training_loss", training_loss)
 
 
-@variant
+@variant("vit", relays=True)
 def relay_without_belief() -> None:
     """A relayed block goes on from the features of the block before, and answers by itself: the belief that comes down
     the chain is not added to its logits, in training and in inference."""
@@ -117,7 +150,7 @@ def relay_without_belief() -> None:
     _replace(Classifier, "log_probs", by_itself)
 
 
-@variant
+@variant("masked_lm", kinds=("blocks", "end_to_end"))
 def self_conditioning() -> None:
     """A masked language model is given its own estimate of the text, which it makes of the same masked text without one
     (Chen, Zhang, Hinton 2022): in half the training rows, without a gradient, and always in evaluation."""
@@ -132,7 +165,7 @@ def self_conditioning() -> None:
         with torch.no_grad():
             belief = forward(self, tokens_nl, level_n).float().softmax(dim=-1)
         if self.training:
-            belief = belief * (torch.rand(len(belief), 1, 1) < 0.5)
+            belief = belief * (torch.rand(len(belief), 1, 1, device=belief.device) < 0.5)
         added = self.estimate(belief)
         handle = self.embedding.register_forward_hook(lambda _module, _inputs, output: output + added)
         try:
@@ -154,12 +187,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
     arguments = parser.parse_args()
-    VARIANTS[arguments.variant]()
+    chosen = VARIANTS[arguments.variant]
+    chosen.install()
     found: dict[str, list[float]] = {}
     for seed in arguments.seeds:
         folder = arguments.runs / f"{arguments.variant}-{arguments.kind}-seed{seed}"
         try:
             config = load_config(arguments.config, [*arguments.overrides, f"seed={seed}"])
+            chosen.check(config, arguments.kind)
             evaluation = evaluation_of(train_one(config, arguments.kind, folder))
         except (UserError, RunFailed) as error:
             parser.exit(2, f"{error}\n")

@@ -11,7 +11,8 @@ import yaml
 from quality import train_one
 from small_families import raw_config
 
-from dbtrain.config_file import load_config
+from dbtrain.config_file import load_config, parse_config
+from dbtrain.errors import UserError
 from dbtrain.run_directory import RunDirectory
 
 
@@ -25,7 +26,7 @@ def test_a_variant_trains_something_else(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = name == "self-conditioning"
+    text = variants.VARIANTS[name].family == "masked_lm"
     recipe = tmp_path / "recipe.yaml"
     raw = raw_config(
         "masked_lm" if text else "vit",
@@ -33,10 +34,10 @@ def test_a_variant_trains_something_else(
         training={"steps": 12},
         schedule={"warmup_steps": 2},
         optimiser={"lr": 0.01},
-        blocks={"relay_every": 4} if name.startswith("relay") else {},
+        blocks={"relay_every": 4} if variants.VARIANTS[name].relays else {},
         logging={"every": 4},
     )
-    recipe.write_text(yaml.safe_dump({key: value for key, value in raw.items() if key != "seed"}))
+    recipe.write_text(yaml.safe_dump(raw))
     plain = train_one(load_config(recipe, ["seed=3"]), "blocks", tmp_path / "plain")
     command = ["variants.py", name, str(recipe), "--seeds", "3", "--runs", str(tmp_path)]
     with monkeypatch.context() as patched:
@@ -47,4 +48,22 @@ def test_a_variant_trains_something_else(
     other = RunDirectory.open(str(tmp_path / f"{name}-blocks-seed3"))
     losses = [[line["loss"] for line in run.block(2).metrics()] for run in (plain, other)]
     assert losses[0] != losses[1]
-    assert all(map(float.__gt__, losses[1], [0.0] * 3))
+    assert all(loss > 0 for loss in losses[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "blocks", "field"),
+    [
+        ("codes-simplex", "masked_lm", {}, "model.family"),
+        ("relay-without-belief", "vit", {}, "blocks.relay_every"),
+        ("own-trajectory", "vit", {"relay_every": 4}, "blocks.relay_every"),
+    ],
+)
+def test_a_recipe_that_it_does_not_change_is_refused(
+    name: str, family: str, blocks: dict[str, int], field: str, tmp_path: Path
+) -> None:
+    config = parse_config(raw_config(family, tmp_path, blocks=blocks))
+    with pytest.raises(UserError, match=field):
+        variants.VARIANTS[name].check(config, "blocks")
+    with pytest.raises(UserError):
+        variants.VARIANTS["codes-random"].check(config, "end_to_end")

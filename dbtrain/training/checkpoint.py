@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The whole state of a block's training after `step` steps, in CPU tensors that nobody else changes."""
+    """The whole state of a block after `step` steps, in CPU tensors that nobody changes until it is written."""
 
     step: int
     model: dict[str, Tensor]

@@ -294,14 +294,15 @@ class BlockTrainer:
         self._saved_step = self.step
 
     def _cpu_copies(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in the memory of the snapshot before: new pages would take several times as long as the copies."""
-        copies = self._copies.setdefault(part, {})
+        """Copies in the memory of the snapshot before: new pages would take several times as long as the copies.
+
+        Who does not lead writes nothing, and keeps nothing."""
+        kept, copies = self._copies.get(part, {}), {}
         for name, value in tensors.items():
             whole = self._team.whole(value.detach())
-            if name in copies:
-                copies[name].copy_(whole)
-            else:
-                copies[name] = whole.to("cpu", copy=True)
+            copies[name] = kept[name].copy_(whole) if name in kept else whole.to("cpu", copy=True)
+        if self._team.leads:
+            self._copies[part] = copies
         return copies
 
     def _restore(self) -> None:

@@ -18,8 +18,7 @@ from dbtrain.config import RunConfig
 from dbtrain.errors import CorruptData, UserError
 from dbtrain.models.vit import ViTFamily
 from dbtrain.run_directory import StaleAttempt
-from dbtrain.training import checkpoint
-from dbtrain.training.checkpoint import checkpoint_steps, read_weights
+from dbtrain.training.checkpoint import CheckpointStore, Snapshot, checkpoint_steps, read_weights
 from dbtrain.training.trainer import BlockTrainer
 
 SmallConfig = Callable[..., RunConfig]
@@ -252,29 +251,34 @@ def gc_off() -> Iterator[None]:
         gc.enable()
 
 
-def test_a_checkpoint_that_is_written_late_holds_its_own_step(
+def test_a_snapshot_leaves_the_one_in_flight_alone(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(training={"steps": 6}, logging={"every": 1}, checkpoints={"every": 2, "keep": 3})
-    at_once, late = start_run(config, tmp_path / "at once"), start_run(config, tmp_path / "late")
-    train_block(at_once)
-    trained, encode = threading.Event(), checkpoint._encode
+    """Each is made in the memory of the one before, which is being written meanwhile."""
+    run = start_run(small_config(training={"steps": 6}, logging={"every": 1}), tmp_path)
+    written, write = threading.Event(), CheckpointStore._write
+    held: list[Snapshot] = []
 
-    def encode_late(snapshot: checkpoint.Snapshot) -> Iterator[tuple[str, str, bytes]]:
-        assert trained.wait(60)
-        return encode(snapshot)
+    def write_late(store: CheckpointStore, snapshot: Snapshot) -> None:
+        held.append(snapshot)
+        assert written.wait(60)
+        write(store, snapshot)
 
-    monkeypatch.setattr(checkpoint, "_encode", encode_late)
-    with closing(BlockTrainer(late, 0, attempt=1)) as trainer:
+    monkeypatch.setattr(CheckpointStore, "_write", write_late)
+    with closing(BlockTrainer(run, 0, attempt=1)) as trainer:
         reports = trainer.train()
-        while next(reports).step < 3:  # a step after the snapshot
+        while next(reports).step < 2:
             pass
-        trained.set()
-        assert list(reports)[-1].done
-    for step in (2, 4, 6):  # each in the memory of the one before
-        folder = f"checkpoints/step-{step:08d}"
-        for name in ("model", "ema", "optimizer"):
-            (expected,), (found,) = (
-                list((tmp_path / run / "blocks" / "00" / folder).glob(f"{name}.*")) for run in ("at once", "late")
-            )
-            assert found.read_bytes() == expected.read_bytes()
+        trainer._save()
+        before = {name: value.clone() for name, value in trainer.module.named_parameters()}
+        next(reports)
+        again = threading.Thread(target=trainer._save)
+        again.start()
+        again.join(1.0)
+        assert again.is_alive()  # it waits
+        assert all(torch.equal(held[0].model[name], before[name]) for name in before)
+        written.set()
+        again.join()
+        first, second = held[0].model, trainer._copies["model"]
+        assert all(first[name].data_ptr() == second[name].data_ptr() for name in before)
+        assert not any(torch.equal(second[name], before[name]) for name in before if before[name].any())
