@@ -12,7 +12,8 @@ logging interval each; which one begins changes from turn to turn.
   recipe's checkpoints take part; ratio_cpu: the median ratio of processor time, in which the thread that
   writes counts, and other programs on the machine do not;
 * ratio_averaging: the same of the second loop;
-* stall: time that the trainer's loop spends on a checkpoint, median; the writing is in the background.
+* stall: time that the trainer's loop spends on a checkpoint, the median of three or more (the first takes longer, as
+  its memory is new); the writing is in the background.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def measure(config: RunConfig, turns: int, folder: Path) -> dict[str, Any]:
             for number in range(len(sides)):
                 number = (number + turn) % len(sides)
                 times[number].append(timed(sides[number]))
-        if not stalls:
+        while len(stalls) < 3:
+            trainer._store.settled()
             trainer._save()
     (ours, ours_cpu), (plain, plain_cpu), (averaging, _) = (list(zip(*side, strict=True)) for side in times)
     stall = statistics.median(stalls)
