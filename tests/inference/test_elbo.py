@@ -104,7 +104,8 @@ def test_estimates_do_not_depend_on_batches() -> None:
     module, (tokens, rows) = _fixed("linear"), _rows(12)
     together = range_nats(module, tokens, rows, WHOLE, 0)
     apart = torch.cat([range_nats(module, tokens[i : i + 5], rows[i : i + 5], WHOLE, 0) for i in (0, 5, 10)])
-    torch.testing.assert_close(together, apart)
+    # The sums are float64, but the network's float32 rounds as its kernels for a batch of that size do.
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=0.0)
     assert not torch.allclose(together, range_nats(module, tokens, rows, WHOLE, 1))
 
 

@@ -22,7 +22,7 @@ from dbtrain.run_directory import RunDirectory
 
 MakeConfig = Callable[..., RunConfig]
 DigestOf = Callable[[Path], str]
-LONG = {"steps": 900, "batch_size": 16}  # long enough to be interrupted
+LONG = {"steps": 500, "batch_size": 16}  # long enough to be interrupted
 
 
 @pytest.fixture(scope="module")
