@@ -135,6 +135,7 @@ def measure(config: RunConfig, turns: int, folder: Path) -> dict[str, Any]:
         "ratio_averaging": median_ratio(averaging, ours),
         "ratio_cpu": median_ratio(plain_cpu, ours_cpu),
         "stall_ms": 1e3 * stall,
+        "stall_first_ms": 1e3 * stalls[0],
         "stall_percent_of_a_minute": 100 * stall / 60,
     }
 
