@@ -1,9 +1,11 @@
-"""Bridges and numbers of steps of the chain, on blocks that are trained already.
+"""Walks through blocks that are trained already: bridges and numbers of steps.
 
     python benchmarks/walks.py runs/noise-vit/p-mean-1-* --bridges softmax argmax sample --steps 3 6 12
+    python benchmarks/walks.py runs/dit-digits/blocks-* --steps 18 54
 
 RUNS are run directories of one configuration, one a seed; the table has the mean over them and the standard deviation
-of every read-out. For families whose chain has a bridge: classifiers and causal or recurrent language models.
+of every read-out. Classifiers and causal or recurrent language models have a bridge from step to step; models of images
+draw by Heun's method and by Euler's at as many network calls.
 """
 
 from __future__ import annotations
@@ -18,30 +20,43 @@ from quality import summarise
 
 from dbtrain.assembly.loading import AssembledModel
 from dbtrain.config import READOUTS, Bridge
+from dbtrain.diffusion.sampler import network_calls
 from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.evaluation import Evaluation
 from dbtrain.inference.runs import model_at
 
 
-def measure(model: AssembledModel, bridge: str, steps: int) -> Evaluation:
-    """The evaluation of a walk of `steps` steps with that bridge.
+def measure(model: AssembledModel, **chain: str | int) -> Evaluation:
+    """The evaluation of a model that walks by these fields of its `chain` section.
 
     Raises:
         UserError: the shards that the model was trained on are gone.
     """
-    chain = model.config.chain.model_copy(update={"bridge": bridge, "steps": steps})
-    config = model.config.model_copy(update={"chain": chain})
+    section = model.config.chain.model_copy(update=chain)
+    config = model.config.model_copy(update={"chain": section})
     return evaluate(dataclasses.replace(model, config=config))
 
 
-def print_table(models: Sequence[AssembledModel], bridges: Sequence[str], steps: Sequence[int]) -> None:
-    """A Markdown table, one row a walk, each as soon as it is known."""
+def print_answers(models: Sequence[AssembledModel], bridges: Sequence[str], steps: Sequence[int]) -> None:
+    """A Markdown table of a chain that answers, one row a walk, each as soon as it is known."""
     print(f"| bridge | steps | {' | '.join(READOUTS)} |\n" + "|---" * (2 + len(READOUTS)) + "|", flush=True)
     for bridge, count in itertools.product(bridges, steps):
-        found = [measure(model, bridge, count) for model in models]
+        found = [measure(model, bridge=bridge, steps=count) for model in models]
         metric = found[0].metric
         cells = [summarise(metric, name, [evaluation.readouts[name] for evaluation in found]) for name in READOUTS]
         print(f"| {bridge} | {count} | {' | '.join(cells)} |", flush=True)
+
+
+def print_drawings(models: Sequence[AssembledModel], steps: Sequence[int]) -> None:
+    """A Markdown table of a chain that draws: `steps` steps of Heun's method, and Euler's at as many network calls."""
+    print("| solver | steps | network calls | Frechet distance |\n|---|---|---|---|", flush=True)
+    for count in steps:
+        found = [measure(model, solver="heun", steps=count) for model in models]
+        calls = network_calls("heun", count)
+        for solver, number in (("heun", count), ("euler", calls)):
+            name = f"{solver}_{number}"
+            cell = summarise(found[0].metric, name, [evaluation.readouts[name] for evaluation in found])
+            print(f"| {solver} | {number} | {calls} | {cell} |", flush=True)
 
 
 def main() -> None:
@@ -54,7 +69,10 @@ def main() -> None:
     if min(arguments.steps) < 1:
         parser.error("a walk has at least one step")
     models = [model_at(run) for run in arguments.runs]
-    print_table(models, arguments.bridges, arguments.steps)
+    if models[0].config.model.family == "dit":
+        print_drawings(models, arguments.steps)
+    else:
+        print_answers(models, arguments.bridges, arguments.steps)
 
 
 if __name__ == "__main__":
