@@ -16,8 +16,8 @@ from small_families import is_text, raw_config
 
 # One thread a process, as in the runs: two cores carry several workers, and float sums depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray runs its workers at niceness 15, and a test beside them that computes in its own process leaves them next to nothing
-# of two cores: training that takes seconds then outlasts its test's time-out.
+# Ray runs its workers at niceness 15, and a test beside them that computes in its own process leaves them next to
+# nothing of two cores: training that takes seconds then outlasts its test's time-out.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import dbtrain.orchestration  # noqa: F401, sets what Ray reads when some test imports it

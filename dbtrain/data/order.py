@@ -93,12 +93,18 @@ class SampleOrder:
         """
         first = step * batch_size
         positions = np.arange(first + self.replica, first + batch_size, self.replicas, dtype=np.int64)
+        epoch, offset = divmod(first, self.rows)
+        number, start = divmod(offset, _STRETCH)
+        if start + batch_size <= _STRETCH and offset + batch_size <= self.rows:
+            # As nearly all batches are: within one stretch.
+            stretch = _stretch(self.rows, self.seed, self.block, epoch, number)
+            return positions, stretch[start + self.replica : start + batch_size : self.replicas].copy()
         epochs, offsets = np.divmod(positions, self.rows)
         rows = np.empty_like(positions)
         stretches = epochs * self.rows + offsets // _STRETCH
-        for stretch in np.unique(stretches).tolist():
-            epoch, number = divmod(stretch, self.rows)
-            inside = stretches == stretch
+        for identity in np.unique(stretches).tolist():
+            epoch, number = divmod(identity, self.rows)
+            inside = stretches == identity
             here = _stretch(self.rows, self.seed, self.block, epoch, number)
             rows[inside] = here[offsets[inside] - number * _STRETCH]
         return positions, rows

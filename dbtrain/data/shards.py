@@ -79,14 +79,13 @@ class ShardSet:
             IndexError: a row is outside of the split.
             KeyError: there is no such column.
         """
-        if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
+        if rows.size and rows.view(np.uint64).max() >= self.rows:  # so read, negative numbers are the largest
             raise IndexError(f"rows {rows.min()}..{rows.max()} of a split of {self.rows}")
         columns: list[npt.NDArray[Any]] = [shard.columns[column] for shard in self._shards]
         out = np.empty((len(rows), *columns[0].shape[1:]), dtype=columns[0].dtype)
         if len(columns) == 1:
             # clip: numpy would otherwise gather into a second buffer first; the bounds are checked above.
             np.take(columns[0], rows, axis=0, out=out, mode="clip")
-            owners = np.zeros(1, dtype=np.int64)
         else:
             owners = np.searchsorted(self._starts, rows, side="right") - 1
             local = rows - self._starts[owners]
@@ -94,7 +93,7 @@ class ShardSet:
                 out[target] = columns[owner][row]
         if self._release and hasattr(mmap, "MADV_DONTNEED"):
             # The pages leave this process, not the system's cache: its memory stays flat over an epoch.
-            for owner in np.unique(owners).tolist():
+            for owner in np.unique(owners).tolist() if len(columns) > 1 else [0]:
                 self._shards[owner].file.madvise(mmap.MADV_DONTNEED)
         return out.reshape(len(rows), *self._shapes[column])
 

@@ -23,6 +23,9 @@ from dbtrain.randomness import keyed_uniform
 
 # Which of a sample's uniform numbers decides what. Fixed: turning one distortion on leaves the others alone.
 _CROP_Y, _CROP_X, _FLIP, _RANDAUGMENT = 0, 1, 2, 3
+# Positions whose uniform numbers are made at once and remembered: for a small batch alone, calls of numpy would take
+# longer than its numbers.
+_STRETCH = 4096
 
 
 Batch = dict[str, Tensor]
@@ -91,6 +94,7 @@ class TrainTransform:
         self._key = key
         policy = augment.randaugment
         self._lanes = _RANDAUGMENT + (0 if policy is None else policy.operations * LANES_PER_OPERATION)
+        self._stretch: tuple[int, npt.NDArray[np.float64]] | None = None
 
     def __call__(self, batch: Batch, positions: npt.NDArray[np.int64]) -> Batch:
         """image: uint8 (N, C, H, W) -> float32, distorted as the positions (N,) decide."""
@@ -99,7 +103,9 @@ class TrainTransform:
     def distort(self, images: Tensor, positions: npt.NDArray[np.int64]) -> Tensor:
         """The distortions alone: uint8 (N, C, H, W) in and out."""
         augment = self._augment
-        chance = keyed_uniform(self._key, positions, self._lanes)
+        if not (augment.crop_padding or augment.flip or augment.randaugment):
+            return images
+        chance = self._chance(positions)
         chosen = chance[:, _FLIP] < 0.5 if augment.flip else np.zeros(len(chance), np.bool_)
         if augment.crop_padding and images.device.type == "cpu":
             images = pad_crop_flip(images, augment.crop_padding, chance[:, _CROP_Y], chance[:, _CROP_X], chosen)
@@ -111,6 +117,18 @@ class TrainTransform:
         if augment.randaugment is not None:
             images = rand_augment(images, augment.randaugment, chance[:, _RANDAUGMENT:])
         return images
+
+    def _chance(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Uniform numbers (N, lanes) of positions (N,), whose batches mostly lie in one stretch."""
+        number = int(positions[0]) // _STRETCH
+        first = number * _STRETCH
+        places = positions - first
+        if places.min() < 0 or places.max() >= _STRETCH:
+            return keyed_uniform(self._key, positions, self._lanes)
+        if self._stretch is None or self._stretch[0] != number:
+            whole = np.arange(first, first + _STRETCH, dtype=np.int64)
+            self._stretch = (number, keyed_uniform(self._key, whole, self._lanes))
+        return self._stretch[1][places]
 
 
 def pad_crop(images: Tensor, padding: int, y: npt.NDArray[np.float64], x: npt.NDArray[np.float64]) -> Tensor:

@@ -60,9 +60,10 @@ def test_flip_mirrors_the_chosen() -> None:
     assert torch.equal(found[2], batch[2].flip(-1))
 
 
-def test_a_sample_does_not_depend_on_the_batch_around_it() -> None:
+@pytest.mark.parametrize("first", [1000, 4096 - 25, 2 * 4096])  # random numbers are made for 4,096 positions at a time
+def test_a_sample_does_not_depend_on_the_batch_around_it(first: int) -> None:
     batch = images(60)
-    positions = np.arange(1000, 1060)
+    positions = np.arange(first, first + 60)
     transform = TrainTransform(EVERYTHING, (0.5,) * 3, (0.25,) * 3, key=11)
     whole = transform({"image": batch}, positions)["image"]
     order = np.random.default_rng(0).permutation(60)
