@@ -180,7 +180,7 @@ def compare(
         )
     ]
     heads = [_what(directory) for directory in (ours, theirs)]
-    print_table(f"{ours.config.name} beside {theirs.config.name}", ["", *heads], rows)
+    print_table(f"{run} beside {baseline}", ["", *heads], rows)
 
 
 def figures(run: RunPath, baseline: Baseline = None, data: Data = None, as_json: AsJson = False) -> None:

@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep what a step frees for the next step, where it is glibc.
 
     As it comes, it returns large pieces to the system, which hands them out again page by page, each set to zero first:
-    2 to 9 % of a step on a CPU (docs/lab-notes.md). The most memory that is in use at once stays the same.
+    2 to 7 % of a step on a CPU (docs/lab-notes.md). The most memory that is in use at once stays the same.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -125,6 +125,9 @@ def test_compare(trained_runs: Path) -> None:
     sides = dbtrain("compare", trained_runs / "run", trained_runs / "baseline", "--json").json()
     assert sides["run"]["layer_evaluations"] == sides["baseline"]["layer_evaluations"] > 0
     assert sides["run"]["largest_worker_bytes"] < sides["baseline"]["largest_worker_bytes"]
+    table = dbtrain("compare", trained_runs / "run", trained_runs / "baseline").stdout
+    # Both have the recipe's name: their folders tell them apart.
+    assert " ".join(table.split()).startswith(f"{trained_runs / 'run'} beside {trained_runs / 'baseline'}")
 
 
 def test_figures(run_copy: Path, trained_runs: Path) -> None:
