@@ -63,7 +63,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--bridges", nargs="+", choices=get_args(Bridge), default=list(get_args(Bridge)))
+    parser.add_argument(
+        "--bridges", nargs="+", choices=get_args(Bridge), default=list(get_args(Bridge)), help="not for images"
+    )
     parser.add_argument("--steps", type=int, nargs="+", required=True)
     arguments = parser.parse_args()
     if min(arguments.steps) < 1:

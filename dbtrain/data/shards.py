@@ -83,17 +83,19 @@ class ShardSet:
             raise IndexError(f"rows {rows.min()}..{rows.max()} of a split of {self.rows}")
         columns: list[npt.NDArray[Any]] = [shard.columns[column] for shard in self._shards]
         out = np.empty((len(rows), *columns[0].shape[1:]), dtype=columns[0].dtype)
+        touched = [0]
         if len(columns) == 1:
             # clip: numpy would otherwise gather into a second buffer first; the bounds are checked above.
             np.take(columns[0], rows, axis=0, out=out, mode="clip")
         else:
             owners = np.searchsorted(self._starts, rows, side="right") - 1
+            touched = np.unique(owners).tolist()
             local = rows - self._starts[owners]
             for target, (owner, row) in enumerate(zip(owners.tolist(), local.tolist(), strict=True)):
                 out[target] = columns[owner][row]
         if self._release and hasattr(mmap, "MADV_DONTNEED"):
             # The pages leave this process, not the system's cache: its memory stays flat over an epoch.
-            for owner in np.unique(owners).tolist() if len(columns) > 1 else [0]:
+            for owner in touched:
                 self._shards[owner].file.madvise(mmap.MADV_DONTNEED)
         return out.reshape(len(rows), *self._shapes[column])
 

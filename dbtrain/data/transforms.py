@@ -94,7 +94,7 @@ class TrainTransform:
         self._key = key
         policy = augment.randaugment
         self._lanes = _RANDAUGMENT + (0 if policy is None else policy.operations * LANES_PER_OPERATION)
-        self._stretch: tuple[int, npt.NDArray[np.float64]] | None = None
+        self._remembered: tuple[int, npt.NDArray[np.float64]] | None = None
 
     def __call__(self, batch: Batch, positions: npt.NDArray[np.int64]) -> Batch:
         """image: uint8 (N, C, H, W) -> float32, distorted as the positions (N,) decide."""
@@ -103,7 +103,7 @@ class TrainTransform:
     def distort(self, images: Tensor, positions: npt.NDArray[np.int64]) -> Tensor:
         """The distortions alone: uint8 (N, C, H, W) in and out."""
         augment = self._augment
-        if not (augment.crop_padding or augment.flip or augment.randaugment):
+        if not (augment.crop_padding or augment.flip or augment.randaugment is not None):
             return images
         chance = self._chance(positions)
         chosen = chance[:, _FLIP] < 0.5 if augment.flip else np.zeros(len(chance), np.bool_)
@@ -120,15 +120,15 @@ class TrainTransform:
 
     def _chance(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Uniform numbers (N, lanes) of positions (N,), whose batches mostly lie in one stretch."""
-        number = int(positions[0]) // _STRETCH
-        first = number * _STRETCH
-        places = positions - first
-        if places.min() < 0 or places.max() >= _STRETCH:
+        number = int(positions[0]) // _STRETCH if len(positions) else 0
+        places = positions - number * _STRETCH
+        if (places < 0).any() or (places >= _STRETCH).any():
             return keyed_uniform(self._key, positions, self._lanes)
-        if self._stretch is None or self._stretch[0] != number:
-            whole = np.arange(first, first + _STRETCH, dtype=np.int64)
-            self._stretch = (number, keyed_uniform(self._key, whole, self._lanes))
-        return self._stretch[1][places]
+        remembered = self._remembered
+        if remembered is None or remembered[0] != number:
+            whole = np.arange(number * _STRETCH, (number + 1) * _STRETCH, dtype=np.int64)
+            self._remembered = remembered = (number, keyed_uniform(self._key, whole, self._lanes))
+        return remembered[1][places]
 
 
 def pad_crop(images: Tensor, padding: int, y: npt.NDArray[np.float64], x: npt.NDArray[np.float64]) -> Tensor:

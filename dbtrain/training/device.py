@@ -34,8 +34,9 @@ _TRIM_THRESHOLD = (-1, 2**31 - 1)
 def keep_freed_memory() -> None:
     """Have the C library keep what a step frees for the next step, where it is glibc.
 
-    As it comes, it returns large pieces to the system, which hands them out again page by page, each set to zero first:
-    2 to 7 % of a step on a CPU (docs/lab-notes.md). The most memory that is in use at once stays the same.
+    As it comes, it returns what is free at the end of the heap to the system, which hands it out again page by page,
+    each set to zero first: 2 to 7 % of a step on a CPU (docs/lab-notes.md). Pieces above 32 MiB still go back. What
+    PyTorch has allocated at most stays the same; the process may hold a few percent more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

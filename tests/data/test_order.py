@@ -47,7 +47,12 @@ def test_every_row_once_an_epoch_even_when_batches_straddle_epochs(
         assert np.array_equal(np.sort(sequence[epoch * rows : (epoch + 1) * rows]), np.arange(rows))
 
 
-@given(rows=st.integers(1, 100), batch=st.integers(1, 40), replicas=st.integers(1, 5), step=st.integers(0, 10**6))
+@given(
+    rows=st.integers(1, 100) | st.integers(4_000, 9_000),
+    batch=st.integers(1, 40),
+    replicas=st.integers(1, 5),
+    step=st.integers(0, 10**6),
+)
 def test_replicas_share_the_global_batch(rows: int, batch: int, replicas: int, step: int) -> None:
     whole_positions, whole_rows = SampleOrder(rows, 7, block=0).rows_at(step, batch)
     for replica in range(replicas):
@@ -64,6 +69,14 @@ def test_rows_are_those_of_the_permutation(rows: int, batch: int, step: int) -> 
         inside = positions // rows == epoch
         whole = KeyedPermutation(rows, derive_key(3, "order", 2, epoch))
         assert np.array_equal(found[inside], whole(positions[inside] % rows))
+
+
+def test_what_is_done_to_rows_is_done_to_nothing_else() -> None:
+    order = SampleOrder(9_000, seed=1, block=0)
+    first = order.rows_at(3, 64)[1]
+    expected = first.copy()
+    first[:] = 0
+    assert np.array_equal(order.rows_at(3, 64)[1], expected)
 
 
 def test_batch_size_does_not_change_the_sequence() -> None:
