@@ -18,13 +18,19 @@ from dbtrain.config import RunConfig
 from dbtrain.training.trainer import BlockTrainer
 
 PATIENCE = 100.0  # seconds
-_OLD = """
-import sys
+EVERY = 20
+# Freezes between two steps, when nothing is being written: of what a process has begun to write when it is frozen, its
+# successor may see the end (a line of metrics), or wait for it for a while (a folder that is being replaced).
+_OLD = f"""
+import os, signal, sys
 from dbtrain.run_directory import RunDirectory
 from dbtrain.training.trainer import BlockTrainer
 
+frozen = False
 for report in BlockTrainer(RunDirectory.open(sys.argv[1]), 0, attempt=1).train():
-    print(report.step, flush=True)
+    if not frozen and 0 < report.checkpoint_step == report.step - report.step % {EVERY}:
+        frozen = True
+        os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
@@ -40,17 +46,13 @@ def _is_frozen(pid: int) -> bool:
 @pytest.mark.parametrize("telling", [1, 50])
 def test_an_old_worker_wakes_up(small_config: Callable[..., RunConfig], tmp_path: Path, telling: int) -> None:
     # Metrics are told more often than checkpoints are saved, or the other way round: either is refused first.
-    config = small_config(training={"steps": 100_000}, checkpoints={"every": 20}, logging={"every": telling})
+    config = small_config(training={"steps": 100_000}, checkpoints={"every": EVERY}, logging={"every": telling})
     run = start_run(config, tmp_path / "run")
     block = tmp_path / "run" / "blocks" / "00"
     with subprocess.Popen([sys.executable, "-c", _OLD, run.uri], stderr=subprocess.PIPE, text=True) as old:
         deadline = time.monotonic() + PATIENCE
-        while not list(block.glob("checkpoints/step-*")):
-            assert old.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(old.pid, signal.SIGSTOP)
         while not _is_frozen(old.pid):
+            assert old.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         with closing(BlockTrainer(run, 0, attempt=2)) as newer:
