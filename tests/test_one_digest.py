@@ -43,7 +43,9 @@ def cluster() -> Iterator[None]:
     connection.close()
 
 
-@pytest.fixture(params=["dit", "causal_lm", "recurrent_lm", "masked_lm"], scope="module")
+@pytest.fixture(
+    params=["dit", "causal_lm", pytest.param("recurrent_lm", marks=pytest.mark.slow), "masked_lm"], scope="module"
+)
 def other(request: pytest.FixtureRequest, family_config: Callable[..., RunConfig]) -> RunConfig:
     """A run of each of the other families."""
     return family_config(request.param, training={"steps": 120}, checkpoints={"every": 40})
@@ -101,6 +103,7 @@ def test_another_seed_gives_another_digest(config: RunConfig, tmp_path: Path) ->
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
 def test_ray_all_blocks_at_once(config: RunConfig, expected: str, run: Path, cluster: None) -> None:
     result = train_run(config, run, backend="ray")
     assert RunDirectory.open(run).events()[0]["slots"] == 3

@@ -23,7 +23,8 @@ def table(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return capsys.readouterr().out.splitlines()[2:]
 
 
-@pytest.mark.parametrize("family", ["vit", pytest.param("dit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "dit"])
 def test_the_recipes_walk_is_a_row(
     family: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

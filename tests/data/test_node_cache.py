@@ -197,6 +197,7 @@ def test_an_outage_in_mid_copy_is_survived(
     assert "trying again" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_outage_that_lasts(
     data: DataConfig, object_store: ObjectStore, sha256: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

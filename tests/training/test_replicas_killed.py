@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
     ("shard", "replicas", "victim"),
     [
         (False, 2, 0),
-        (True, 2, 1),
+        pytest.param(True, 2, 1, marks=pytest.mark.slow),
         pytest.param(False, 2, 1, marks=pytest.mark.slow),
         pytest.param(True, 2, 0, marks=pytest.mark.slow),
         # Sums of three depend on their order.
