@@ -34,7 +34,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-# A process's memory lies somewhere else each time: without `keep_freed_memory` five of eight processes took 97,000.
+# A process's memory lies somewhere else each time: without `keep_freed_memory` most of them, but not all, take 97,000.
 @pytest.mark.parametrize("process", range(3))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other ways")
 def test_what_a_step_frees_is_there_for_the_next_one(process: int) -> None:
