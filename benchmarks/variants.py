@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from quality import RunFailed, figures_of, print_tables, train_one
 from torch import Tensor, nn
@@ -22,12 +23,16 @@ from torch.nn import functional as F
 
 from dbtrain.config import RunConfig
 from dbtrain.config_file import load_config
+from dbtrain.data.prepare import ensure_prepared
+from dbtrain.data.shards import ShardSet
 from dbtrain.diffusion.codebook import make_codebook, stretch_rows
 from dbtrain.diffusion.precondition import weights
 from dbtrain.errors import UserError
 from dbtrain.inference.classify import Classifier
-from dbtrain.inference.runs import evaluation_of
+from dbtrain.inference.runs import evaluation_of, model_of
+from dbtrain.model_config import CausalLMConfig
 from dbtrain.models import vit
+from dbtrain.models.causal_lm import CausalLM, CausalLMFamily
 from dbtrain.models.family import Batch, Draw, relays
 from dbtrain.models.masked_lm import MaskedLM
 from dbtrain.models.vit import CodeReader, ViTBlock
@@ -42,6 +47,8 @@ class Variant:
     family: str
     kinds: tuple[Kind, ...] = ("blocks",)
     relays: bool = False
+    teacher: bool = False
+    """Whether it needs the end-to-end network of every seed, which is trained first."""
 
     def check(self, config: RunConfig, kind: Kind) -> None:
         """Raises UserError where the recipe would be trained as if there were no such idea."""
@@ -61,14 +68,17 @@ class Variant:
 VARIANTS: dict[str, Variant] = {}
 """By name."""
 
+TEACHERS: dict[int, nn.Module] = {}
+"""The end-to-end networks of the seeds, for variants that need them."""
+
 
 def variant(
-    family: str, kinds: tuple[Kind, ...] = ("blocks",), relays: bool = False
+    family: str, kinds: tuple[Kind, ...] = ("blocks",), relays: bool = False, teacher: bool = False
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Enter what puts an idea in place under its function's name."""
 
     def enter(install: Callable[[], None]) -> Callable[[], None]:
-        VARIANTS[install.__name__.replace("_", "-")] = Variant(install, family, kinds, relays)
+        VARIANTS[install.__name__.replace("_", "-")] = Variant(install, family, kinds, relays, teacher)
         return install
 
     return enter
@@ -109,6 +119,49 @@ def codes_narrow() -> None:
         return stretch_rows(rows, scale)
 
     _replace(vit, "make_codebook", make)
+
+
+def _spread(rows: Tensor, config: RunConfig) -> Tensor:
+    """Rows (vocabulary, width) as codes: about their mean, at the recipe's length. What a text has nothing of (rows
+    of zeros) keeps the random direction that it has without the idea."""
+    found = rows.norm(dim=1) > 0
+    codes = make_codebook(*rows.shape, config.codebook.scale, config.seed)
+    codes[found] = stretch_rows(rows[found] - rows[found].mean(dim=0), config.codebook.scale)
+    return codes
+
+
+@variant("causal_lm")
+def codes_bigram() -> None:
+    """Tokens' codes by what stands beside them in the training text: the singular vectors, at the root of the singular
+    values, of the positive pointwise mutual information of neighbours, both sides (Levy, Goldberg 2014)."""
+
+    def codebook(_self: CausalLMFamily, config: RunConfig) -> Tensor:
+        model = config.model
+        assert isinstance(model, CausalLMConfig)
+        ensure_prepared(config)
+        shards = ShardSet.open(config.data.shards, "train")
+        text = torch.from_numpy(shards.gather("tokens", np.arange(shards.rows))).long()
+        pairs = text[:, :-1] * model.vocab_size + text[:, 1:]
+        counts = pairs.flatten().bincount(minlength=model.vocab_size**2).view(model.vocab_size, -1).double()
+        sides = torch.cat([counts, counts.T], dim=1)
+        expected = sides.sum(dim=1, keepdim=True) * sides.sum(dim=0) / sides.sum()
+        information = torch.where(sides > 0, sides / expected, 1.0).log().clamp_min(0.0)
+        left, singular, _ = torch.linalg.svd(information, full_matrices=False)
+        return _spread((left * singular.sqrt())[:, : model.width].float(), config)
+
+    _replace(CausalLMFamily, "codebook", codebook)
+
+
+@variant("causal_lm", teacher=True)
+def codes_trained() -> None:
+    """Tokens' codes from the embedding that the end-to-end network of the same recipe has learnt."""
+
+    def codebook(_self: CausalLMFamily, config: RunConfig) -> Tensor:
+        teacher = TEACHERS[config.seed]
+        assert isinstance(teacher, CausalLM)
+        return _spread(teacher.embed_tokens.weight.detach(), config)
+
+    _replace(CausalLMFamily, "codebook", codebook)
 
 
 @variant("vit")
@@ -195,6 +248,9 @@ def main() -> None:
         try:
             config = load_config(arguments.config, [*arguments.overrides, f"seed={seed}"])
             chosen.check(config, arguments.kind)
+            if chosen.teacher:
+                teacher = train_one(config, "end_to_end", arguments.runs / f"teacher-seed{seed}")
+                TEACHERS[seed] = model_of(teacher).modules[0]
             evaluation = evaluation_of(train_one(config, arguments.kind, folder))
         except (UserError, RunFailed) as error:
             parser.exit(2, f"{error}\n")

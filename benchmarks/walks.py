@@ -1,6 +1,7 @@
-"""Walks through blocks that are trained already: bridges and numbers of steps.
+"""Walks through blocks that are trained already: bridges, numbers of steps, and starting noises to average over.
 
     python benchmarks/walks.py runs/noise-vit/p-mean-1-* --bridges softmax argmax sample --steps 3 6 12
+    python benchmarks/walks.py runs/noise-vit/p-mean-1-* --bridges softmax --steps 3 --noises 1 2 4 8 16
     python benchmarks/walks.py runs/dit-digits/blocks-* --steps 18 54
 
 RUNS are run directories of one configuration, one a seed; the table has the mean over them and the standard deviation
@@ -37,14 +38,16 @@ def measure(model: AssembledModel, **chain: str | int) -> Evaluation:
     return evaluate(dataclasses.replace(model, config=config))
 
 
-def print_answers(models: Sequence[AssembledModel], bridges: Sequence[str], steps: Sequence[int]) -> None:
+def print_answers(
+    models: Sequence[AssembledModel], bridges: Sequence[str], steps: Sequence[int], noises: Sequence[int]
+) -> None:
     """A Markdown table of a chain that answers, one row a walk, each as soon as it is known."""
-    print(f"| bridge | steps | {' | '.join(READOUTS)} |\n" + "|---" * (2 + len(READOUTS)) + "|", flush=True)
-    for bridge, count in itertools.product(bridges, steps):
-        found = [measure(model, bridge=bridge, steps=count) for model in models]
+    print(f"| bridge | steps | noises | {' | '.join(READOUTS)} |\n" + "|---" * (3 + len(READOUTS)) + "|", flush=True)
+    for bridge, count, starts in itertools.product(bridges, steps, noises):
+        found = [measure(model, bridge=bridge, steps=count, start_noises=starts) for model in models]
         metric = found[0].metric
         cells = [summarise(metric, name, [evaluation.readouts[name] for evaluation in found]) for name in READOUTS]
-        print(f"| {bridge} | {count} | {' | '.join(cells)} |", flush=True)
+        print(f"| {bridge} | {count} | {starts} | {' | '.join(cells)} |", flush=True)
 
 
 def print_drawings(models: Sequence[AssembledModel], steps: Sequence[int]) -> None:
@@ -67,14 +70,17 @@ def main() -> None:
         "--bridges", nargs="+", choices=get_args(Bridge), default=list(get_args(Bridge)), help="not for images"
     )
     parser.add_argument("--steps", type=int, nargs="+", required=True)
+    parser.add_argument(
+        "--noises", type=int, nargs="+", default=[8], help="starting noises of the averaged read-outs; not for images"
+    )
     arguments = parser.parse_args()
-    if min(arguments.steps) < 1:
-        parser.error("a walk has at least one step")
+    if min(*arguments.steps, *arguments.noises) < 1:
+        parser.error("a walk has at least one step, and starts from at least one noise")
     models = [model_at(run) for run in arguments.runs]
     if models[0].config.model.family == "dit":
         print_drawings(models, arguments.steps)
     else:
-        print_answers(models, arguments.bridges, arguments.steps)
+        print_answers(models, arguments.bridges, arguments.steps, arguments.noises)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,13 @@ def test_the_recipes_walk_is_a_row(
     else:
         said = " | ".join(show(evaluation.readouts[name]) for name in ("first", "last", "product"))
         bridge = model_at(str(folder)).config.chain.bridge
-        assert any(row.startswith(f"| {bridge} | 3 | {said} |") for row in rows)
+        assert any(row.startswith(f"| {bridge} | 3 | 8 | {said} |") for row in rows)
         assert len(rows) == 6
         of_three, of_five = (row.split(" | ") for row in rows[:2])
         assert of_three[0] == of_five[0]
-        assert of_three[2:] != of_five[2:]
+        assert of_three[3:] != of_five[3:]
+        one, eight = table(folder, monkeypatch, capsys, "--steps", "3", "--bridges", bridge, "--noises", "1", "8")
+        single = one.strip("| ").split(" | ")
+        assert single[:3] == [bridge, "3", "1"]
+        assert single[3:6] == single[6:9]  # the mean of one walk is that walk
+        assert eight in rows
