@@ -19,7 +19,7 @@ import torch
 
 from dbtrain.config import RunConfig
 from dbtrain.config_file import load_config
-from dbtrain.inference.evaluation import Evaluation, Metric
+from dbtrain.inference.evaluation import SO_FAR, Evaluation, Metric
 from dbtrain.inference.runs import evaluation_of
 from dbtrain.orchestration.run import BackendName, train_run
 from dbtrain.orchestration.state import BlockState
@@ -54,6 +54,7 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
     found |= {f"ece: {readout}": value for readout, value in evaluation.calibration.items()}
     found |= {f"alone: block {int(p['block'])}": p[name] for p in evaluation.alone if name in p}
     found |= {f"chain: step {i}": p[name] for i, p in enumerate(evaluation.chain) if name in p}
+    found |= {f"product up to step {i}": p[SO_FAR] for i, p in enumerate(evaluation.chain) if SO_FAR in p}
     for point in evaluation.without:
         found |= {f"without block {int(point['block'])}: {key}": point[key] for key in point if key != "block"}
     return found | {f"also: {key}": value for key, value in evaluation.also.items()}

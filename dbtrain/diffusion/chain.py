@@ -136,8 +136,13 @@ def read_out(traces: Sequence[ChainTrace], name: str) -> Tensor:
 def log_read_out(trace: ChainTrace, base: str) -> Tensor:
     """Log-probabilities of the labels, (N, classes), of one walk by `first`, `last` or `product`."""
     if base == "product":
-        return torch.stack(trace.log_probs).mean(dim=0).log_softmax(dim=-1)
+        return pool(trace.log_probs)
     return trace.log_probs[0 if base == "first" else -1]
+
+
+def pool(log_probs: Sequence[Tensor]) -> Tensor:
+    """The normalised geometric mean of what steps said: log-probabilities of the labels, (N, classes)."""
+    return torch.stack(list(log_probs)).mean(dim=0).log_softmax(dim=-1)
 
 
 def _sample(log_probs: Tensor, codes: Tensor, sigma: float, uniform: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from dbtrain.config import READOUTS
 from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import iterate_split
 from dbtrain.data.shards import ShardSet
-from dbtrain.diffusion.chain import read_out
+from dbtrain.diffusion.chain import pool, read_out
 from dbtrain.inference.calibration import Calibration
 from dbtrain.inference.classify import Classifier
-from dbtrain.inference.evaluation import ACCURACY, Evaluation, Point, Progress
+from dbtrain.inference.evaluation import ACCURACY, SO_FAR, Evaluation, Point, Progress
 from dbtrain.models import family_of
 from dbtrain.models.family import relays
 from dbtrain.plan import NoiseRange
@@ -89,7 +89,11 @@ def evaluate_classifier(
         calibration={name: calibration[name].error(seen) for name in names},
         predict="accuracy" if model.end_to_end else model.config.chain.readout,
         chain=tuple(
-            _point(block, sigma, tally.means(f"step {index}", seen)) for index, (block, sigma) in enumerate(steps)
+            {
+                **_point(block, sigma, tally.means(f"step {index}", seen)),
+                SO_FAR: tally.means(f"{SO_FAR} {index}", seen)[0],
+            }
+            for index, (block, sigma) in enumerate(steps)
         ),
         alone=tuple(_point(index, own.high, tally.means(f"alone {index}", seen)) for index, own in _loners(classifier)),
         without=tuple(
@@ -116,6 +120,9 @@ def _evaluate_chain(
     for trace in traces:
         for index, log_probs in enumerate(trace.log_probs):
             tally.add(f"step {index}", log_probs.exp(), labels, share=1 / noises)
+    said = traces[0].log_probs
+    for index in range(len(said)):
+        tally.add(f"{SO_FAR} {index}", pool(said[: index + 1]).exp(), labels)
     return {name: read_out(traces, name) for name in READOUTS}, list(
         zip(traces[0].blocks, traces[0].sigmas, strict=True)
     )

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from dbtrain.config import READOUTS
 from dbtrain.data.shards import ShardSet
-from dbtrain.diffusion.chain import ChainTrace, log_read_out
+from dbtrain.diffusion.chain import ChainTrace, log_read_out, pool
 from dbtrain.errors import UserError
 from dbtrain.inference.decoding import Decoding
-from dbtrain.inference.evaluation import BITS_PER_BYTE, Evaluation, Point, Progress
+from dbtrain.inference.evaluation import BITS_PER_BYTE, SO_FAR, Evaluation, Point, Progress
 from dbtrain.inference.generate import Ids, TextGenerator
 from dbtrain.randomness import derive_key
 
@@ -108,7 +108,10 @@ def evaluate_text(
         metric=BITS_PER_BYTE,
         readouts={name: bits(name) for name in names},
         predict=BITS_PER_BYTE.name if model.end_to_end else model.config.chain.readout,
-        chain=tuple(point(block, sigma, f"step {index}") for index, (block, sigma) in enumerate(steps)),
+        chain=tuple(
+            {**point(block, sigma, f"step {index}"), SO_FAR: bits(f"{SO_FAR} {index}")}
+            for index, (block, sigma) in enumerate(steps)
+        ),
         alone=tuple(point(index, own.high, f"alone {index}") for index, own in enumerate(model.ranges)),
         also={
             **{f"K={count}: {BITS_PER_BYTE.name}": bits(f"K={count}") for count in free},
@@ -186,6 +189,8 @@ def _add_chain(
         trace = generator.trace(contexts, rows, noise)
         for index, log_probs in enumerate(trace.log_probs):
             tally.add(f"step {index}", _true(log_probs, tokens_nl), share=1 / noises)
+            if noise == 0:
+                tally.add(f"{SO_FAR} {index}", _true(pool(trace.log_probs[: index + 1]), tokens_nl))
         for name in READOUTS:
             base = name.removesuffix("_mean")
             # One walk at a time: the mean of the true token's probability is that of the mean distribution.

@@ -32,6 +32,9 @@ FRECHET_DISTANCE = Metric("frechet_distance", "distance", "lower")
 BITS_PER_BYTE = Metric("bits_per_byte", "bits", "lower")
 BITS_PER_CHARACTER = Metric("bits_per_character", "bits", "lower")
 
+SO_FAR = "so_far"
+"""What a step of the chain also says: the metric of `product` over the steps up to and with it."""
+
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
 Point = dict[str, float]
@@ -53,7 +56,8 @@ class Evaluation:
     predict: str
     """The read-out that the model uses when it is asked for an answer."""
     chain: tuple[Point, ...] = ()
-    """One entry a step of the chain."""
+    """One entry a step of the chain: the mean over starting noises, and `SO_FAR` from the first of them where the steps
+    of a walk can be pooled."""
     alone: tuple[Point, ...] = ()
     """One entry a block without the blocks before it."""
     also: dict[str, float] = field(default_factory=dict)

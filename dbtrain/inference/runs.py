@@ -18,8 +18,9 @@ from dbtrain.run_directory import EVALUATION, PLAN, RunDirectory
 from dbtrain.storage import Storage
 from dbtrain.training.checkpoint import checkpoint_steps
 
-VERSION = 2
-"""Of what evaluations say: 2 since `product` is a pool, and classifiers have calibration and `without`."""
+VERSION = 3
+"""Of what evaluations say: 2 since `product` is a pool, and classifiers have calibration and `without`; 3 since steps
+of the chain say what all of them do so far."""
 
 
 def model_of(run: RunDirectory, device: str | torch.device = "cpu") -> AssembledModel:

@@ -55,6 +55,9 @@ def test_numbers_against_a_recount(classifier: Classifier, evaluation: Evaluatio
         assert point["accuracy"] == pytest.approx(sum(each) / 3)
         assert point["cross_entropy"] == pytest.approx(sum(nats) / 3, rel=1e-4)
         assert (point["block"], point["sigma"]) == (traces[0].blocks[step], traces[0].sigmas[step])
+        assert point["so_far"] == pytest.approx(accuracy(sum(traces[0].log_probs[: step + 1])))
+    assert evaluation.chain[0]["so_far"] == evaluation.readouts["first"]
+    assert evaluation.chain[-1]["so_far"] == evaluation.readouts["product"]
     assert [point["block"] for point in evaluation.alone] == [0, 1, 2]
     assert [point["sigma"] for point in evaluation.alone] == [own.high for own in classifier.model.ranges]
     # The first block has nobody before it: in the chain, from the same noise, it says what it says alone.

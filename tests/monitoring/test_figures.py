@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from small_runs import start_run, train_block
 
 from dbtrain.config import RunConfig
-from dbtrain.inference.evaluation import ACCURACY, Evaluation
+from dbtrain.inference.evaluation import ACCURACY, SO_FAR, Evaluation
 from dbtrain.monitoring.figures import draw_figures, loss_curve
 from dbtrain.run_directory import RunDirectory
 
@@ -42,6 +43,10 @@ def test_pictures_of_a_run(run: RunDirectory) -> None:
     without = draw_figures(run, OURS)
     assert without == drawn
     assert (_picture(run, "chain.png") != picture).any()  # the baseline's line is gone
+    picture = _picture(run, "chain.png")
+    pooled = tuple({**point, SO_FAR: 0.6} for point in POINTS)
+    draw_figures(run, replace(OURS, chain=pooled))
+    assert (_picture(run, "chain.png") != picture).any()  # what the steps say together is there
 
 
 def test_what_there_is_nothing_to_say_of(run: RunDirectory, small_config: SmallConfig, tmp_path: Path) -> None:

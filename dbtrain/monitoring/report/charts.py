@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from dbtrain.inference.evaluation import Evaluation, Point
+from dbtrain.inference.evaluation import SO_FAR, Evaluation, Point
 from dbtrain.monitoring.report.axes import WIDTH, Frame, frame, number, path, scale_of
 from dbtrain.monitoring.run_view import BlockView, Mark, RunView
 from dbtrain.plan import BlockPlan, human_bytes
@@ -122,7 +122,8 @@ def noise_axis(blocks: Sequence[BlockPlan]) -> Markup | None:
 
 
 def chain(evaluation: Evaluation, baseline: Evaluation | None) -> Markup | None:
-    """The metric at every step of the chain and of each block alone, with the end-to-end network's level."""
+    """The metric at every step of the chain, of all steps so far, and of each block alone, with the end-to-end
+    network's level."""
     metric = evaluation.metric
     points = evaluation.chain
     if not points:
@@ -130,19 +131,21 @@ def chain(evaluation: Evaluation, baseline: Evaluation | None) -> Markup | None:
     factor = 100 if metric.unit == "fraction" else 1
     steps = [factor * point[metric.name] for point in points]
     alone = [factor * point[metric.name] for point in evaluation.alone] if len(evaluation.alone) == len(points) else []
+    so_far = [factor * point[SO_FAR] for point in points if SO_FAR in point]
     level = [] if baseline is None else [factor * baseline.value]
     used = factor * evaluation.value
-    if not any(map(math.isfinite, [*steps, *alone])):
+    if not any(map(math.isfinite, [*steps, *alone, *so_far])):
         return None
     xs = [float(n) for n in range(len(points))]
-    at = frame(xs, [*steps, *alone, *level, used], "", f"{metric.title} on {evaluation.split}", x_room=0.08)
+    at = frame(xs, [*steps, *alone, *so_far, *level, used], "", f"{metric.title} on {evaluation.split}", x_room=0.08)
     inside = Markup("")
     for value, kind, name in [*((v, "baseline", "end to end") for v in level), (used, "used", "as used")]:
         inside += Markup(
             '<line x1="{:.1f}" x2="{:.1f}" y1="{y:.1f}" y2="{y:.1f}" class="{}"><title>{}</title></line>'
         ).format(at.x.start, at.x.end, kind, f"{name}: {value:.4g}", y=at.y.at(value))
     inside += Markup('<path d="{}" class="along"/>').format(path(at, xs, steps))
-    for values, kind, name in ((alone, "alone", "alone"), (steps, "step", "along the chain")):
+    series = ((alone, "alone", "alone"), (so_far, "sofar", "product so far"), (steps, "step", "along the chain"))
+    for values, kind, name in series:
         for n, value in enumerate(values):
             if math.isfinite(value):
                 inside += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4" class="{}"><title>{}</title></circle>').format(

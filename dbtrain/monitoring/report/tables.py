@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from dbtrain.inference.evaluation import Evaluation, Point
+from dbtrain.inference.evaluation import SO_FAR, Evaluation, Point
 from dbtrain.monitoring.report.charts import PARTS, block_name
 from dbtrain.monitoring.report.faults import Fault
 from dbtrain.monitoring.report.gather import Machine, Report, Side
@@ -136,10 +136,12 @@ def _readout(title: str, name: str, evaluation: Evaluation) -> tuple[str, ...]:
 def points(found: Sequence[Point], evaluation: Evaluation) -> Table:
     """What steps or blocks say."""
     names = list(found[0])
-    heads = {"cross_entropy": "cross-entropy, nats", evaluation.metric.name: evaluation.metric.title}
+    metric = evaluation.metric
+    heads = {"cross_entropy": "cross-entropy, nats", metric.name: metric.title, SO_FAR: "product so far"}
     show: dict[str, Callable[[float], str]] = {
         "block": lambda v: str(int(v)),
-        evaluation.metric.name: evaluation.metric.show,
+        metric.name: metric.show,
+        SO_FAR: metric.show,
     }
     rows = tuple(tuple(show.get(name, _figure)(point.get(name, math.nan)) for name in names) for point in found)
     return Table(tuple(heads.get(name, name.replace("_", " ")) for name in names), rows, frozenset())

@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_runs import start_run
 
 from dbtrain.config import RunConfig
-from dbtrain.inference.evaluation import ACCURACY, Evaluation
+from dbtrain.inference.evaluation import ACCURACY, SO_FAR, Evaluation
 from dbtrain.monitoring.report import charts
 from dbtrain.monitoring.report.axes import HEIGHT, WIDTH, Scale, number, scale_of
 from dbtrain.monitoring.run_view import Mark, RunReader, RunView
@@ -100,6 +101,11 @@ def test_the_chain_picture_needs_a_chain() -> None:
     assert alone is not None
     assert 'class="baseline"' not in alone
     assert charts.chain(theirs, None) is None
+    assert 'class="sofar"' not in svg  # of what draws there is no product
+    pooled = tuple({**point, SO_FAR: 0.6} for point in points)
+    svg = charts.chain(replace(ours, chain=pooled), None)
+    assert svg is not None
+    assert re.findall(r'class="sofar"><title>([^<]*)', svg) == [f"product so far, block {i}: 60" for i in range(3)]
 
 
 def test_neighbours_have_their_own_colours() -> None:
