@@ -171,6 +171,19 @@ def large_code_stem() -> None:
 
 
 @variant("vit")
+def analytic_hint() -> None:
+    """What the noisy code says of the label is added to the logits, <code of the label, z> / sigma^2, which is exact
+    for codes of one length; what a block learns beside it is what the image says."""
+    denoise = ViTBlock.denoise
+
+    def with_hint(self: ViTBlock, features_ntd: Tensor, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
+        said: Tensor = z_nd.float() @ self.codebook.T / sigma_n[:, None] ** 2
+        return denoise(self, features_ntd, z_nd, sigma_n).float() + said
+
+    _replace(ViTBlock, "denoise", with_hint)
+
+
+@variant("vit")
 def own_trajectory() -> None:
     """A block's noisy code comes from its own answer to pure noise at the top of its range, as if the chain had walked
     from there to each noise level with that answer (softmax bridge). It knows no label."""
