@@ -1,25 +1,25 @@
-"""An honest ensemble: end-to-end classifiers of other seeds answer together, as the blocks of a chain do.
+"""An honest ensemble: end-to-end classifiers of different seeds answer together, as the blocks of a chain do.
 
     python benchmarks/ensemble.py runs/one-layer-seed0+runs/one-layer-seed1+runs/one-layer-seed2 ...
 
-Every argument is an ensemble: run directories of end-to-end networks on the same data, joined by +. Prints what each
-says alone, the normalised geometric mean of all answers (`product`, as the chain's read-out), and the mean of their
-probabilities; over several ensembles the mean and the standard deviation.
+Every argument is an ensemble: run directories of end-to-end networks on the same data, joined by +. Prints the
+accuracy of a member in the mean, of the normalised geometric mean of all answers (`product`, as the chain's read-out),
+and of the mean of their probabilities; over several ensembles the mean and the standard deviation.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from quality import print_tables
 
 from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import iterate_split
-from dbtrain.data.shards import ShardSet
 from dbtrain.diffusion.chain import pool
+from dbtrain.errors import CorruptData, UserError
 from dbtrain.inference.classify import Classifier
+from dbtrain.inference.evaluate import open_shards
 from dbtrain.inference.evaluation import ACCURACY
 from dbtrain.inference.runs import model_at
 from dbtrain.models import family_of
@@ -30,20 +30,19 @@ def accuracies(runs: list[str]) -> dict[str, float]:
     """Accuracy on the test rows: of each network in the mean, and of all together.
 
     Raises:
-        UserError, CorruptData: as `model_at`.
-        ValueError: these are no end-to-end networks of one dataset; str() says which.
+        UserError, CorruptData: as `model_at` and `open_shards`; or these are no end-to-end networks of one dataset.
     """
     classifiers = [Classifier(model_at(run)) for run in runs]
     first = classifiers[0].model
-    facts, path = first.plan.data, first.config.data.path
+    facts = first.plan.data
     assert facts is not None
-    assert path is not None
     for run, classifier in zip(runs, classifiers, strict=True):
         data = classifier.model.plan.data
         if not classifier.model.end_to_end or data is None or data.sha256 != facts.sha256:
-            raise ValueError(f"{run} is no end-to-end network on the data of {runs[0]}")
+            problem = f"is no end-to-end network on the data of {runs[0]}"
+            raise UserError(problem, field="RUN+RUN+...", value=run, mend="take baselines of one dataset")
     transform = make_transform(first.config, facts, family_of(first.config).scaling(first.config, facts), None)
-    shards = ShardSet.open(Path(path), "test")
+    shards = open_shards(first, "test")
     hits: dict[str, float] = {"alone": 0.0, "product": 0.0, "mean of probabilities": 0.0}
     for batch in iterate_split(shards, transform, 500):
         said = [classifier.logits(batch["image"]).float().log_softmax(dim=-1) for classifier in classifiers]
@@ -66,11 +65,11 @@ def main() -> None:
     for ensemble in arguments.ensembles:
         try:
             figures = accuracies(ensemble.split("+"))
-        except ValueError as error:
-            parser.error(str(error))
+        except (UserError, CorruptData) as error:
+            parser.exit(2, f"{error}\n")
         for name, value in figures.items():
             found.setdefault(name, []).append(value)
-    print_tables(ACCURACY, {"ensembles": found}, len(arguments.ensembles))
+    print_tables(ACCURACY, {"together": found}, len(arguments.ensembles), "ensembles")
 
 
 if __name__ == "__main__":

@@ -16,28 +16,45 @@ import torch
 from quality import figures_of, print_tables
 
 from dbtrain.assembly.loading import AssembledModel
+from dbtrain.errors import CorruptData, UserError
 from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.runs import model_at
+from dbtrain.models.family import relays
 
 
 def mixed(runs: list[str]) -> AssembledModel:
     """Block b of run b.
 
     Raises:
-        UserError, CorruptData: as `model_at`.
-        ValueError: blocks of these runs do not fit together; str() says why.
+        UserError, CorruptData: as `model_at`, and where blocks of these runs do not fit together.
     """
     models = [model_at(run) for run in runs]
     first = models[0]
-    if any(len(model.modules) != len(runs) for model in models):
-        raise ValueError(f"{' '.join(runs)}: {len(runs)} runs make a network of {len(runs)} blocks; these have others")
     for run, model in zip(runs, models, strict=True):
-        if model.ranges != first.ranges or model.config.model != first.config.model:
-            raise ValueError(f"{run} has other noise ranges or another architecture than {runs[0]}")
-        if first.codebook is not None and (model.codebook is None or not torch.equal(model.codebook, first.codebook)):
-            raise ValueError(f"{run} has another codebook than {runs[0]}: it comes from the seed")
+        problem = _misfit(model, first, len(runs))
+        if problem is not None:
+            raise UserError(
+                problem, field="RUN+RUN+...", value=run, mend=f"take runs that differ from {runs[0]} in rates alone"
+            )
     blocks = tuple(model.modules[index] for index, model in enumerate(models))
     return dataclasses.replace(first, modules=blocks)
+
+
+def _misfit(model: AssembledModel, first: AssembledModel, blocks: int) -> str | None:
+    """Why a block of `model` cannot stand among those of `first`, if it cannot."""
+    assert model.plan.data is not None
+    assert first.plan.data is not None
+    if len(model.modules) != blocks:
+        return f"has {len(model.modules)} blocks, and {blocks} runs make a network of {blocks}"
+    if relays(model.config, model.plan.kind):
+        return "has blocks that go on from each other (blocks.relay_every)"
+    if model.plan.data.sha256 != first.plan.data.sha256:
+        return "was trained on other data"
+    if model.ranges != first.ranges or model.config.model != first.config.model:
+        return "has other noise ranges or another architecture"
+    if first.codebook is not None and (model.codebook is None or not torch.equal(model.codebook, first.codebook)):
+        return "has another codebook, which comes from the seed"
+    return None
 
 
 def main() -> None:
@@ -49,11 +66,11 @@ def main() -> None:
     for network in arguments.networks:
         try:
             evaluation = evaluate(mixed(network.split("+")))
-        except ValueError as error:
-            parser.error(str(error))
+        except (UserError, CorruptData) as error:
+            parser.exit(2, f"{error}\n")
         for name, value in figures_of(evaluation).items():
             found.setdefault(name, []).append(value)
-    print_tables(evaluation.metric, {"mixed": found}, len(arguments.networks))
+    print_tables(evaluation.metric, {"mixed": found}, len(arguments.networks), "networks")
 
 
 if __name__ == "__main__":

@@ -106,11 +106,11 @@ def main() -> None:
     (arguments.runs / "quality.json").write_text(json.dumps({**about, metric.name: found}, indent=2))
 
 
-def print_tables(metric: Metric, found: dict[str, dict[str, list[float]]], seeds: int) -> None:
-    """One Markdown table a variant: every figure's mean and spread."""
+def print_tables(metric: Metric, found: dict[str, dict[str, list[float]]], count: int, what: str = "seeds") -> None:
+    """One Markdown table a variant: every figure's mean and spread over `count` seeds, or whatever they differ by."""
     for name, rows in found.items():
         print(
-            f"\n{name}, {seeds} seeds, {metric.title} (mean ± standard deviation; {metric.better} is better)\n\n"
+            f"\n{name}, {count} {what}, {metric.title} (mean ± standard deviation; {metric.better} is better)\n\n"
             f"| | {metric.title} |\n|---|---|"
         )
         for key, values in rows.items():

@@ -121,13 +121,33 @@ def codes_narrow() -> None:
     _replace(vit, "make_codebook", make)
 
 
-def _spread(rows: Tensor, config: RunConfig) -> Tensor:
-    """Rows (vocabulary, width) as codes: about their mean, at the recipe's length. What a text has nothing of (rows
-    of zeros) keeps the random direction that it has without the idea."""
-    found = rows.norm(dim=1) > 0
+def _about_their_mean(rows: Tensor, seen: Tensor, config: RunConfig) -> Tensor:
+    """The directions of rows (vocabulary, width) from their mean as codes, at the recipe's length. What is not `seen`
+    in the text keeps the random direction that it has without the idea."""
     codes = make_codebook(*rows.shape, config.codebook.scale, config.seed)
-    codes[found] = stretch_rows(rows[found] - rows[found].mean(dim=0), config.codebook.scale)
+    codes[seen] = stretch_rows(rows[seen] - rows[seen].mean(dim=0), config.codebook.scale)
     return codes
+
+
+def _neighbours(config: RunConfig) -> Tensor:
+    """How often each token stands before each other one in the training text, (vocabulary, vocabulary)."""
+    assert isinstance(config.model, CausalLMConfig)
+    ensure_prepared(config)
+    shards, size = ShardSet.open(config.data.shards, "train"), config.model.vocab_size
+    text = torch.from_numpy(shards.gather("tokens", np.arange(shards.rows))).long()
+    return (text[:, :-1] * size + text[:, 1:]).flatten().bincount(minlength=size**2).view(size, size).double()
+
+
+def _bigram_codes(config: RunConfig) -> Tensor:
+    counts = _neighbours(config)
+    sides = torch.cat([counts, counts.T], dim=1)
+    expected = sides.sum(dim=1, keepdim=True) * sides.sum(dim=0) / sides.sum()
+    information = torch.where(sides > 0, sides / expected, 1.0).log().clamp_min(0.0)
+    left, singular, _ = torch.linalg.svd(information, full_matrices=False)
+    rows = torch.zeros(len(counts), config.model.width)
+    kept = min(rows.shape[1], left.shape[1])
+    rows[:, :kept] = (left * singular.sqrt())[:, :kept].float()
+    return _about_their_mean(rows, sides.sum(dim=1) > 0, config)
 
 
 @variant("causal_lm")
@@ -135,19 +155,13 @@ def codes_bigram() -> None:
     """Tokens' codes by what stands beside them in the training text: the singular vectors, at the root of the singular
     values, of the positive pointwise mutual information of neighbours, both sides (Levy, Goldberg 2014)."""
 
+    made: dict[int, Tensor] = {}
+
     def codebook(_self: CausalLMFamily, config: RunConfig) -> Tensor:
-        model = config.model
-        assert isinstance(model, CausalLMConfig)
-        ensure_prepared(config)
-        shards = ShardSet.open(config.data.shards, "train")
-        text = torch.from_numpy(shards.gather("tokens", np.arange(shards.rows))).long()
-        pairs = text[:, :-1] * model.vocab_size + text[:, 1:]
-        counts = pairs.flatten().bincount(minlength=model.vocab_size**2).view(model.vocab_size, -1).double()
-        sides = torch.cat([counts, counts.T], dim=1)
-        expected = sides.sum(dim=1, keepdim=True) * sides.sum(dim=0) / sides.sum()
-        information = torch.where(sides > 0, sides / expected, 1.0).log().clamp_min(0.0)
-        left, singular, _ = torch.linalg.svd(information, full_matrices=False)
-        return _spread((left * singular.sqrt())[:, : model.width].float(), config)
+        # Plan, training and assembly must have the same bytes, which another number of threads may change.
+        if config.seed not in made:
+            made[config.seed] = _bigram_codes(config)
+        return made[config.seed]
 
     _replace(CausalLMFamily, "codebook", codebook)
 
@@ -159,7 +173,7 @@ def codes_trained() -> None:
     def codebook(_self: CausalLMFamily, config: RunConfig) -> Tensor:
         teacher = TEACHERS[config.seed]
         assert isinstance(teacher, CausalLM)
-        return _spread(teacher.embed_tokens.weight.detach(), config)
+        return _about_their_mean(teacher.embed_tokens.weight.detach(), _neighbours(config).sum(dim=1) > 0, config)
 
     _replace(CausalLMFamily, "codebook", codebook)
 
@@ -177,7 +191,8 @@ def analytic_hint() -> None:
     denoise = ViTBlock.denoise
 
     def with_hint(self: ViTBlock, features_ntd: Tensor, z_nd: Tensor, sigma_n: Tensor) -> Tensor:
-        said: Tensor = z_nd.float() @ self.codebook.T / sigma_n[:, None] ** 2
+        # No matrix product: autocast would compute it in bfloat16, and 1 / sigma^2 be merciless to its digits.
+        said: Tensor = (z_nd.float()[:, None] * self.codebook).sum(dim=-1) / sigma_n[:, None] ** 2
         return denoise(self, features_ntd, z_nd, sigma_n).float() + said
 
     _replace(ViTBlock, "denoise", with_hint)

@@ -71,16 +71,20 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", required=True)
     parser.add_argument(
-        "--noises", type=int, nargs="+", default=[8], help="starting noises of the averaged read-outs; not for images"
+        "--noises",
+        type=int,
+        nargs="+",
+        help="starting noises of the averaged read-outs, in place of the recipe's; not for images",
     )
     arguments = parser.parse_args()
-    if min(*arguments.steps, *arguments.noises) < 1:
-        parser.error("a walk has at least one step, and starts from at least one noise")
     models = [model_at(run) for run in arguments.runs]
+    noises = arguments.noises or [models[0].config.chain.start_noises]
+    if min(*arguments.steps, *noises) < 1:
+        parser.error("a walk has at least one step, and starts from at least one noise")
     if models[0].config.model.family == "dit":
         print_drawings(models, arguments.steps)
     else:
-        print_answers(models, arguments.bridges, arguments.steps, arguments.noises)
+        print_answers(models, arguments.bridges, arguments.steps, noises)
 
 
 if __name__ == "__main__":

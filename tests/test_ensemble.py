@@ -15,6 +15,7 @@ from small_families import raw_config
 from dbtrain.config_file import load_config
 from dbtrain.data.shards import ShardSet
 from dbtrain.data.transforms import EvalTransform
+from dbtrain.errors import UserError
 from dbtrain.inference.evaluate import evaluate
 from dbtrain.inference.runs import model_at
 
@@ -50,5 +51,5 @@ def test_networks_answer_together(digits: Path, tmp_path: Path) -> None:
     assert together["mean of probabilities"] == pytest.approx(accuracy(said.softmax(dim=-1).sum(dim=0)))
 
     train_one(load_config(recipe), "blocks", tmp_path / "blocks")
-    with pytest.raises(ValueError, match="no end-to-end network"):
+    with pytest.raises(UserError, match="no end-to-end network"):
         ensemble.accuracies([paths[0], str(tmp_path / "blocks")])

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from dbtrain.cli.output import AsJson, RunPath, emit_json, err, print_table
 from dbtrain.errors import UserError
-from dbtrain.inference.evaluation import SO_FAR
+from dbtrain.inference.evaluation import SO_FAR, titles
 from dbtrain.plan import human_bytes
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _print_points(title: str, points: tuple[Point, ...], metric: Metric) -> None
     if not points:
         return
     columns = list(points[0])
-    heads = {"cross_entropy": "cross-entropy, nats", metric.name: metric.title, SO_FAR: "product so far"}
+    heads = titles(metric)
     rows = [[_cell(name, point[name], metric) for name in columns] for point in points]
     print_table(title, [heads.get(name, name) for name in columns], rows)
 

@@ -6,7 +6,7 @@ the probability-flow ODE from sigma to sigma' is z' = a z + (1 - a) D with a = s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -143,6 +143,14 @@ def log_read_out(trace: ChainTrace, base: str) -> Tensor:
 def pool(log_probs: Sequence[Tensor]) -> Tensor:
     """The normalised geometric mean of what steps said: log-probabilities of the labels, (N, classes)."""
     return torch.stack(list(log_probs)).mean(dim=0).log_softmax(dim=-1)
+
+
+def pools_so_far(log_probs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`pool` of the first step, of the first two, and so on."""
+    total: Tensor | None = None
+    for count, said in enumerate(log_probs, 1):
+        total = said if total is None else total + said
+        yield (total / count).log_softmax(dim=-1)
 
 
 def _sample(log_probs: Tensor, codes: Tensor, sigma: float, uniform: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dbtrain.config import READOUTS
 from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import iterate_split
 from dbtrain.data.shards import ShardSet
-from dbtrain.diffusion.chain import pool, read_out
+from dbtrain.diffusion.chain import pools_so_far, read_out
 from dbtrain.inference.calibration import Calibration
 from dbtrain.inference.classify import Classifier
 from dbtrain.inference.evaluation import ACCURACY, SO_FAR, Evaluation, Point, Progress
@@ -120,9 +120,8 @@ def _evaluate_chain(
     for trace in traces:
         for index, log_probs in enumerate(trace.log_probs):
             tally.add(f"step {index}", log_probs.exp(), labels, share=1 / noises)
-    said = traces[0].log_probs
-    for index in range(len(said)):
-        tally.add(f"{SO_FAR} {index}", pool(said[: index + 1]).exp(), labels)
+    for index, log_probs in enumerate(pools_so_far(traces[0].log_probs)):
+        tally.add(f"{SO_FAR} {index}", log_probs.exp(), labels)
     return {name: read_out(traces, name) for name in READOUTS}, list(
         zip(traces[0].blocks, traces[0].sigmas, strict=True)
     )

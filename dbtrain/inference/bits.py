@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dbtrain.config import READOUTS
 from dbtrain.data.shards import ShardSet
-from dbtrain.diffusion.chain import ChainTrace, log_read_out, pool
+from dbtrain.diffusion.chain import ChainTrace, log_read_out, pools_so_far
 from dbtrain.errors import UserError
 from dbtrain.inference.decoding import Decoding
 from dbtrain.inference.evaluation import BITS_PER_BYTE, SO_FAR, Evaluation, Point, Progress
@@ -54,7 +54,8 @@ def evaluate_text(
 ) -> Evaluation:
     """Bits per byte on the rows of `shards`. `first` is what the first block says at sigma_max, knowing only the text.
 
-    `chain` has what each step says, the mean over starting noises; `alone` a block from pure noise at the top of its
+    `chain` has what each step says, the mean over starting noises, and what the product of all steps so far says from
+    the first of them; `alone` a block from pure noise at the top of its
     own range. With a judge, `also` has what the judge thinks of continuations of held-out prompts; of a model that is
     free to iterate, what it says after K iterations, from the first starting noise.
 
@@ -187,10 +188,10 @@ def _add_chain(
     walks: dict[str, list[Tensor]] = {name: [] for name in READOUTS}
     for noise in range(noises):
         trace = generator.trace(contexts, rows, noise)
+        for index, log_probs in enumerate(pools_so_far(trace.log_probs if noise == 0 else ())):
+            tally.add(f"{SO_FAR} {index}", _true(log_probs, tokens_nl))
         for index, log_probs in enumerate(trace.log_probs):
             tally.add(f"step {index}", _true(log_probs, tokens_nl), share=1 / noises)
-            if noise == 0:
-                tally.add(f"{SO_FAR} {index}", _true(pool(trace.log_probs[: index + 1]), tokens_nl))
         for name in READOUTS:
             base = name.removesuffix("_mean")
             # One walk at a time: the mean of the true token's probability is that of the mean distribution.

@@ -31,7 +31,7 @@ def evaluate(
         UserError: the shards are gone, or hold other data than the model was trained on.
         CorruptData: a shard is not what its manifest promises.
     """
-    shards = _open_shards(model, split, data)
+    shards = open_shards(model, split, data)
     task = family_of(model.config).task
     # Each task is imported when it is needed: evaluating images needs nothing of text.
     if task == "classify":
@@ -56,8 +56,8 @@ def evaluate(
     return evaluate_unmasking(TextUnmasker(model), shards, progress=progress)
 
 
-def _open_shards(model: AssembledModel, split: Split, data: str | Path | None) -> ShardSet:
-    """The split's shards, verified, and known to be those of the model."""
+def open_shards(model: AssembledModel, split: Split, data: str | Path | None = None) -> ShardSet:
+    """The split's shards, verified, and known to be those of the model. Arguments and errors as those of `evaluate`."""
     facts = model.plan.data
     assert facts is not None
     place = model.config.data

@@ -24,7 +24,11 @@ class Metric:
     @property
     def title(self) -> str:
         """Name with the unit of `show`."""
-        return self.name.replace("_", " ") + (", %" if self.unit == "fraction" else "")
+        return self.titled(self.name.replace("_", " "))
+
+    def titled(self, name: str) -> str:
+        """Another name of a figure of this metric, with that unit."""
+        return name + (", %" if self.unit == "fraction" else "")
 
 
 ACCURACY = Metric("accuracy", "fraction", "higher")
@@ -33,13 +37,20 @@ BITS_PER_BYTE = Metric("bits_per_byte", "bits", "lower")
 BITS_PER_CHARACTER = Metric("bits_per_character", "bits", "lower")
 
 SO_FAR = "so_far"
-"""What a step of the chain also says: the metric of `product` over the steps up to and with it."""
+"""What a step of the chain also says: the metric of `product` over the steps up to and with it, from the first starting
+noise alone. It is the answer of a committee; where steps know of each other's answers, `last` is the chain's."""
 
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
 Point = dict[str, float]
 """What one step or one block says: `block`, its noise level (`sigma`, or `level` for masks), the metric by its name,
 and what else there is to say, such as `cross_entropy` in nats."""
+
+
+def titles(metric: Metric) -> dict[str, str]:
+    """What people read for the keys of points that do not speak for themselves."""
+    so_far = metric.titled("product so far")
+    return {"cross_entropy": "cross-entropy, nats", metric.name: metric.title, SO_FAR: so_far}
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,7 @@ class Evaluation:
     predict: str
     """The read-out that the model uses when it is asked for an answer."""
     chain: tuple[Point, ...] = ()
-    """One entry a step of the chain: the mean over starting noises, and `SO_FAR` from the first of them where the steps
-    of a walk can be pooled."""
+    """One entry a step of the chain: the mean over starting noises; and `SO_FAR`, where steps answer."""
     alone: tuple[Point, ...] = ()
     """One entry a block without the blocks before it."""
     also: dict[str, float] = field(default_factory=dict)
@@ -71,6 +81,11 @@ class Evaluation:
     def value(self) -> float:
         """The metric of the read-out in use."""
         return self.readouts[self.predict]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether every step of the chain also says what all of them do so far."""
+        return bool(self.chain) and all(SO_FAR in point for point in self.chain)
 
     @property
     def best(self) -> str:

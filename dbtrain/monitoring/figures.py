@@ -60,9 +60,9 @@ def _chain(run: RunDirectory, evaluation: Evaluation, baseline: Evaluation | Non
     metric = evaluation.metric
     scale = 100 if metric.unit == "fraction" else 1
     axes.plot(positions, [scale * p[metric.name] for p in evaluation.chain], "o-", label="along the chain")
-    if all(SO_FAR in point for point in evaluation.chain):
+    if evaluation.pooled:
         so_far = [scale * p[SO_FAR] for p in evaluation.chain]
-        axes.plot(positions, so_far, "^--", color="tab:green", label="product of the steps so far")
+        axes.plot(positions, so_far, "^--", color="tab:green", label="product so far")
     if len(evaluation.alone) == len(positions):
         alone = [scale * p[metric.name] for p in evaluation.alone]
         axes.plot(positions, alone, "s", color=_MUTED, fillstyle="none", label="block alone")

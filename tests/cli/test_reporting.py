@@ -74,7 +74,9 @@ def test_the_page_says_what_the_files_say(trained_runs: Path, place: Path) -> No
     readouts = page.rows("quality", 1)
     for title, name, of in (("product (in use)", "product", mine), ("end to end: accuracy", "accuracy", other)):
         assert readouts[title] == [of.metric.show(of.readouts[name]), f"{100 * of.calibration[name]:.2f}"]
-    assert len(page.tables["quality"][2]) == 1 + len(mine.chain)
+    heads, *along = page.tables["quality"][2]
+    column = list(heads).index("product so far, %")
+    assert [row[column] for row in along] == [f"{100 * point['so_far']:.2f}" for point in mine.chain]
 
     memory = page.rows("memory")
     heads = memory[""]

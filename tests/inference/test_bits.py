@@ -97,6 +97,7 @@ def test_blocks_by_hand(blocks: AssembledModel, held_out: tuple[ShardSet, Tensor
         assert (point["block"], point["sigma"]) == (index, blocks.ranges[index].high)
         so_far = (sum(traces[0].log_probs[: index + 1]) / (index + 1)).softmax(dim=-1)
         assert point["so_far"] == pytest.approx(_bits(so_far, tokens), rel=1e-4)
+    assert result.chain[-1]["so_far"] == pytest.approx(result.readouts["product"], rel=1e-6)
     noise = generator.start(rows, 0).view(ROWS, LENGTH, -1)
     for index, (point, own) in enumerate(zip(result.alone, blocks.ranges, strict=True)):
         said = blocks.modules[index](tokens, own.high * noise, torch.full((ROWS, 1), own.high)).softmax(dim=-1)

@@ -58,6 +58,7 @@ def test_blocks(topics: Path, tmp_path: Path, held_out: tuple[ShardSet, Tensor])
     assert result.readouts["first"] > 69 / math.log(2)  # less than 1e-30 a token
     for name in READOUTS:
         assert result.readouts[name] == pytest.approx(_bits(_by_hand(traces, name), tokens), rel=1e-4), name
+    assert result.chain[-1]["so_far"] == pytest.approx(result.readouts["product"], rel=1e-6)
     for index, point in enumerate(result.chain):
         expected = sum(_bits(trace.log_probs[index], tokens) for trace in traces) / 3
         assert point["bits_per_byte"] == pytest.approx(expected, rel=1e-4)

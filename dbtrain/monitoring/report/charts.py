@@ -131,7 +131,7 @@ def chain(evaluation: Evaluation, baseline: Evaluation | None) -> Markup | None:
     factor = 100 if metric.unit == "fraction" else 1
     steps = [factor * point[metric.name] for point in points]
     alone = [factor * point[metric.name] for point in evaluation.alone] if len(evaluation.alone) == len(points) else []
-    so_far = [factor * point[SO_FAR] for point in points if SO_FAR in point]
+    so_far = [factor * point[SO_FAR] for point in points] if evaluation.pooled else []
     level = [] if baseline is None else [factor * baseline.value]
     used = factor * evaluation.value
     if not any(map(math.isfinite, [*steps, *alone, *so_far])):

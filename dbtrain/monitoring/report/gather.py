@@ -190,7 +190,7 @@ def _results(run: RunDirectory, finished: bool) -> tuple[Model | None, Evaluatio
     evaluation = evaluation_known(run, model.sha256)
     if evaluation is None or not _is_sound(evaluation):
         why = (
-            "The evaluation that is there is of another model"
+            "The evaluation that is there is of another model, or from an earlier version of dbtrain"
             if run.storage.exists(EVALUATION)
             else "Nothing was evaluated"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from dbtrain.inference.evaluation import SO_FAR, Evaluation, Point
+from dbtrain.inference.evaluation import SO_FAR, Evaluation, Point, titles
 from dbtrain.monitoring.report.charts import PARTS, block_name
 from dbtrain.monitoring.report.faults import Fault
 from dbtrain.monitoring.report.gather import Machine, Report, Side
@@ -137,7 +137,7 @@ def points(found: Sequence[Point], evaluation: Evaluation) -> Table:
     """What steps or blocks say."""
     names = list(found[0])
     metric = evaluation.metric
-    heads = {"cross_entropy": "cross-entropy, nats", metric.name: metric.title, SO_FAR: "product so far"}
+    heads = titles(metric)
     show: dict[str, Callable[[float], str]] = {
         "block": lambda v: str(int(v)),
         metric.name: metric.show,
