@@ -75,7 +75,7 @@ def _chain(run: RunDirectory, evaluation: Evaluation, baseline: Evaluation | Non
     axes.set_xticks(positions, [f"block {int(p['block'])}\n{_noise(p)}" for p in evaluation.chain])
     axes.set_ylabel(f"{metric.title} on {evaluation.split}")
     axes.set_title(f"{run.config.name}: what the chain says at each step", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)  # lines may cross any corner inside
     return figure
 
 
