@@ -32,15 +32,16 @@ def accuracies(runs: list[str]) -> dict[str, float]:
     Raises:
         UserError, CorruptData: as `model_at` and `open_shards`; or these are no end-to-end networks of one dataset.
     """
-    classifiers = [Classifier(model_at(run)) for run in runs]
-    first = classifiers[0].model
-    facts = first.plan.data
+    models = [model_at(run) for run in runs]
+    first, facts = models[0], models[0].plan.data
     assert facts is not None
-    for run, classifier in zip(runs, classifiers, strict=True):
-        data = classifier.model.plan.data
-        if not classifier.model.end_to_end or data is None or data.sha256 != facts.sha256:
-            problem = f"is no end-to-end network on the data of {runs[0]}"
+    for run, model in zip(runs, models, strict=True):
+        assert model.plan.data is not None
+        classifies = family_of(model.config).task == "classify"
+        if not classifies or not model.end_to_end or model.plan.data.sha256 != facts.sha256:
+            problem = f"is no end-to-end classifier on the data of {runs[0]}"
             raise UserError(problem, field="RUN+RUN+...", value=run, mend="take baselines of one dataset")
+    classifiers = [Classifier(model) for model in models]
     transform = make_transform(first.config, facts, family_of(first.config).scaling(first.config, facts), None)
     shards = open_shards(first, "test")
     hits: dict[str, float] = {"alone": 0.0, "product": 0.0, "mean of probabilities": 0.0}

@@ -51,5 +51,9 @@ def test_networks_answer_together(digits: Path, tmp_path: Path) -> None:
     assert together["mean of probabilities"] == pytest.approx(accuracy(said.softmax(dim=-1).sum(dim=0)))
 
     train_one(load_config(recipe), "blocks", tmp_path / "blocks")
-    with pytest.raises(UserError, match="no end-to-end network"):
-        ensemble.accuracies([paths[0], str(tmp_path / "blocks")])
+    drawing = tmp_path / "drawing.yaml"
+    drawing.write_text(yaml.safe_dump(raw_config("dit", digits, **sections)))
+    train_one(load_config(drawing), "end_to_end", tmp_path / "dit")
+    for other in ("blocks", "dit"):
+        with pytest.raises(UserError, match="no end-to-end classifier"):
+            ensemble.accuracies([paths[0], str(tmp_path / other)])
