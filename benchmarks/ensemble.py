@@ -9,15 +9,13 @@ and of the mean of their probabilities; over several ensembles the mean and the 
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from quality import print_tables
+from quality import print_joined
 
 from dbtrain.data.batches import make_transform
 from dbtrain.data.loader import iterate_split
 from dbtrain.diffusion.chain import pool
-from dbtrain.errors import CorruptData, UserError
+from dbtrain.errors import UserError
 from dbtrain.inference.classify import Classifier
 from dbtrain.inference.evaluate import open_shards
 from dbtrain.inference.evaluation import ACCURACY
@@ -59,18 +57,7 @@ def accuracies(runs: list[str]) -> dict[str, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ensembles", nargs="+", metavar="RUN+RUN+...")
-    arguments = parser.parse_args()
-    found: dict[str, list[float]] = {}
-    for ensemble in arguments.ensembles:
-        try:
-            figures = accuracies(ensemble.split("+"))
-        except (UserError, CorruptData) as error:
-            parser.exit(2, f"{error}\n")
-        for name, value in figures.items():
-            found.setdefault(name, []).append(value)
-    print_tables(ACCURACY, {"together": found}, len(arguments.ensembles), "ensembles")
+    print_joined(__doc__, "together", lambda runs: (ACCURACY, accuracies(runs)))
 
 
 if __name__ == "__main__":

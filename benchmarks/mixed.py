@@ -9,15 +9,15 @@ chain is the first run's. Prints the mean over the networks (seeds) and the stan
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 
 import torch
-from quality import figures_of, print_tables
+from quality import figures_of, print_joined
 
 from dbtrain.assembly.loading import AssembledModel
-from dbtrain.errors import CorruptData, UserError
+from dbtrain.errors import UserError
 from dbtrain.inference.evaluate import evaluate
+from dbtrain.inference.evaluation import Metric
 from dbtrain.inference.runs import model_at
 from dbtrain.models.family import relays
 
@@ -59,18 +59,12 @@ def _misfit(model: AssembledModel, first: AssembledModel, blocks: int) -> str | 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="+", metavar="RUN+RUN+...")
-    arguments = parser.parse_args()
-    found: dict[str, list[float]] = {}
-    for network in arguments.networks:
-        try:
-            evaluation = evaluate(mixed(network.split("+")))
-        except (UserError, CorruptData) as error:
-            parser.exit(2, f"{error}\n")
-        for name, value in figures_of(evaluation).items():
-            found.setdefault(name, []).append(value)
-    print_tables(evaluation.metric, {"mixed": found}, len(arguments.networks), "networks")
+
+    def measure(runs: list[str]) -> tuple[Metric, dict[str, float]]:
+        evaluation = evaluate(mixed(runs))
+        return evaluation.metric, figures_of(evaluation)
+
+    print_joined(__doc__, "mixed", measure)
 
 
 if __name__ == "__main__":

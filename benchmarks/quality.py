@@ -12,13 +12,14 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from dbtrain.config import RunConfig
 from dbtrain.config_file import load_config
+from dbtrain.errors import CorruptData, UserError
 from dbtrain.inference.evaluation import SO_FAR, Evaluation, Metric
 from dbtrain.inference.runs import evaluation_of
 from dbtrain.orchestration.run import BackendName, train_run
@@ -115,6 +116,25 @@ def print_tables(metric: Metric, found: dict[str, dict[str, list[float]]], count
         )
         for key, values in rows.items():
             print(f"| {key} | {summarise(metric, key, values)} |")
+
+
+def print_joined(
+    description: str | None, name: str, measure: Callable[[list[str]], tuple[Metric, dict[str, float]]]
+) -> None:
+    """The whole of a program whose arguments are runs joined by +: measure what each group makes together, and print
+    one table over the groups. A user's mistake ends it with exit code 2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="+", metavar="RUN+RUN+...")
+    groups = parser.parse_args().groups
+    found: dict[str, list[float]] = {}
+    for group in groups:
+        try:
+            metric, figures = measure(group.split("+"))
+        except (UserError, CorruptData) as error:
+            parser.exit(2, f"{error}\n")
+        for key, value in figures.items():
+            found.setdefault(key, []).append(value)
+    print_tables(metric, {name: found}, len(groups), "groups")
 
 
 if __name__ == "__main__":
